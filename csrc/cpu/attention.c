@@ -1,0 +1,310 @@
+/* The CPU scheduler: cuts a call into tiles, runs them on the caller's threads, folds splits in ascending order.
+ * Everything here is free to change (N1): no decision reaches the arithmetic. */
+#include "kernel.h"
+
+#include <fenv.h>
+#include <stdatomic.h>
+
+/* Up to here rows are too few to fill vector lanes. */
+enum { KEYS_LAYOUT_MAX_ROWS = 8 };
+
+typedef struct plan {
+    const fad_cpu_kernel *kernel;
+    int64_t tile_rows, n_tiles, n_splits; /* n_splits: of the longest sequence */
+    int split_parallel;
+    size_t scratch_bytes, state_bytes;                  /* of one thread; of one tile */
+    size_t offsets_bytes, threads_bytes, partials_bytes; /* the three parts of the workspace */
+} plan;
+
+static size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+static int64_t group(const fad_attn_problem *p) { return p->Hq / p->Hk; }
+
+static int64_t tiles_of(const fad_attn_problem *p, int64_t q_rows, int64_t tile_rows) {
+    return p->Hk * ((q_rows * group(p) + tile_rows - 1) / tile_rows);
+}
+
+static int64_t count_tiles(const fad_attn_problem *p, int64_t tile_rows) {
+    int64_t n = 0;
+    if (!p->cu_seqlens_q)
+        return p->B * tiles_of(p, p->Sq, tile_rows);
+    for (int64_t b = 0; b < fad_sequence_count(p); b++)
+        n += tiles_of(p, fad_get_sequence(p, b).q_rows, tile_rows);
+    return n;
+}
+
+static int64_t longest_q(const fad_attn_problem *p) {
+    int64_t longest = 0;
+    for (int64_t b = 0; b < fad_sequence_count(p); b++) {
+        const int64_t rows = fad_get_sequence(p, b).q_rows;
+        longest = rows > longest ? rows : longest;
+    }
+    return longest;
+}
+
+/* Splits from the first to the last position of the keys: those that sequence s can touch. */
+static int64_t first_split(const fad_attn_problem *p, const fad_span *s) { return fad_partition_first(s->k_pos, p->split_size); }
+static int64_t end_split(const fad_attn_problem *p, const fad_span *s) {
+    return s->n_k ? fad_partition_end(s->k_pos + s->n_k, p->split_size) : first_split(p, s);
+}
+
+static int64_t most_splits(const fad_attn_problem *p) {
+    int64_t most = 0;
+    for (int64_t b = 0; b < p->B; b++) {
+        const fad_span s = fad_get_sequence(p, b).span;
+        const int64_t n = end_split(p, &s) - first_split(p, &s);
+        most = n > most ? n : most;
+    }
+    return most;
+}
+
+/* Larger tiles read K and V less often; more tiles keep the threads busy. */
+static int64_t choose_tile_rows(const fad_attn_problem *p, int32_t num_threads) {
+    const int64_t rows = longest_q(p) * group(p);
+    if (fad_forced_schedule()->tile_rows)
+        return fad_forced_schedule()->tile_rows;
+    if (rows <= KEYS_LAYOUT_MAX_ROWS)
+        return rows > 0 ? rows : 1;
+    for (int64_t t = FAD_TILE_ROWS_MAX; t > 64; t /= 2)
+        if (count_tiles(p, t) >= 8 * (int64_t)num_threads)
+            return t;
+    return 64;
+}
+
+static fad_status make_plan(const fad_attn_problem *p, int32_t num_threads, int partials, plan *out) {
+    plan n = {0};
+    const fad_status status = fad_cpu_select(p->dtype, &n.kernel);
+    if (status != FAD_OK)
+        return status;
+    const int forced = fad_forced_schedule()->split_parallel;
+    n.tile_rows = choose_tile_rows(p, num_threads);
+    n.n_tiles = count_tiles(p, n.tile_rows);
+    n.n_splits = most_splits(p);
+    n.split_parallel = !partials && n.n_splits > 1 && (forced ? forced == 2 : n.n_tiles < 4 * (int64_t)num_threads && num_threads > 1);
+    n.scratch_bytes = round_up(n.kernel->scratch_bytes(p, n.tile_rows));
+    n.state_bytes = round_up(n.kernel->state_bytes(p, n.tile_rows));
+    n.offsets_bytes = round_up((size_t)(fad_sequence_count(p) + 1) * sizeof(int64_t));
+    n.threads_bytes = (size_t)num_threads * (n.scratch_bytes + 2 * n.state_bytes);
+    n.partials_bytes = n.split_parallel ? (size_t)(n.n_tiles * n.n_splits) * n.state_bytes : 0;
+    *out = n;
+    return FAD_OK;
+}
+
+typedef struct call {
+    const fad_attn_problem *problem;
+    const fad_partials *partials; /* null: a forward */
+    plan plan;
+    int64_t *first_tile; /* [sequences + 1] number of each sequence's first tile */
+    char *threads, *states;
+    void (*item)(const struct call *, int64_t item, char *memory); /* one unit of work on one thread's memory */
+    int64_t n_items;
+    atomic_int_fast64_t next; /* unit of work to take: threads balance themselves */
+} call;
+
+static fad_cpu_tile get_tile(const call *c, int64_t number) {
+    const fad_attn_problem *p = c->problem;
+    int64_t lo = 0, hi = fad_sequence_count(p); /* binary search: first_tile[lo] <= number < first_tile[hi] */
+    while (hi - lo > 1) {
+        const int64_t mid = (lo + hi) / 2;
+        if (c->first_tile[mid] <= number)
+            lo = mid;
+        else
+            hi = mid;
+    }
+    fad_cpu_tile t = {.problem = p, .seq = fad_get_sequence(p, lo)};
+    const int64_t per_head = (c->first_tile[lo + 1] - c->first_tile[lo]) / p->Hk, local = number - c->first_tile[lo];
+    const int64_t rows = t.seq.q_rows * group(p), active = t.seq.span.n_q * group(p), forced = fad_forced_schedule()->layout;
+    t.head_k = local / per_head;
+    t.row0 = (per_head - 1 - local % per_head) * c->plan.tile_rows; /* last rows first: under a causal mask they are the longest */
+    t.n_rows = rows - t.row0 < c->plan.tile_rows ? rows - t.row0 : c->plan.tile_rows;
+    t.n_active = active <= t.row0 ? 0 : active - t.row0 < t.n_rows ? active - t.row0 : t.n_rows;
+    t.layout = forced                              ? (fad_layout)forced
+               : t.n_rows <= KEYS_LAYOUT_MAX_ROWS ? FAD_LAYOUT_KEYS
+                                                  : FAD_LAYOUT_ROWS;
+    return t;
+}
+
+/* Splits that some row of the tile sees (N4): lo .. hi - 1. */
+static fad_interval visible_splits(const fad_cpu_tile *t) {
+    const int64_t size = t->problem->split_size, g = group(t->problem);
+    fad_interval splits = {0, 0};
+    if (!t->n_active)
+        return splits;
+    const fad_interval a = fad_visible(&t->seq.span, t->row0 / g), z = fad_visible(&t->seq.span, (t->row0 + t->n_active - 1) / g);
+    if (a.lo < z.hi) {
+        splits.lo = fad_partition_first(a.lo, size);
+        splits.hi = fad_partition_end(z.hi, size);
+    }
+    return splits;
+}
+
+/* One tile, its splits folded in place (N8). Folding into the empty state is exact, so the first split is the state. */
+static void tile_in_place(const call *c, int64_t item, char *memory) {
+    const fad_cpu_kernel *k = c->plan.kernel;
+    char *state = memory + c->plan.scratch_bytes, *part = state + c->plan.state_bytes;
+    const fad_cpu_tile t = get_tile(c, item);
+    const fad_interval splits = visible_splits(&t);
+    k->load(&t, memory);
+    k->clear(&t, state);
+    for (int64_t s = splits.lo; s < splits.hi; s++) {
+        k->run_split(&t, memory, s, s == splits.lo ? state : part);
+        if (s > splits.lo)
+            k->fold(&t, state, part);
+    }
+    k->finish(&t, state);
+}
+
+/* One split of one tile, into the workspace. */
+static void tile_split(const call *c, int64_t item, char *memory) {
+    const fad_cpu_kernel *k = c->plan.kernel;
+    const fad_cpu_tile t = get_tile(c, item / c->plan.n_splits);
+    const int64_t split = first_split(c->problem, &t.seq.span) + item % c->plan.n_splits;
+    const fad_interval splits = visible_splits(&t);
+    if (split < splits.lo || split >= splits.hi)
+        return;
+    k->load(&t, memory);
+    k->run_split(&t, memory, split, c->states + (size_t)item * c->plan.state_bytes);
+}
+
+/* The fold of what tile_split left (N8). */
+static void tile_fold(const call *c, int64_t item, char *memory) {
+    const fad_cpu_kernel *k = c->plan.kernel;
+    char *state = memory + c->plan.scratch_bytes;
+    const fad_cpu_tile t = get_tile(c, item);
+    const fad_interval splits = visible_splits(&t);
+    const int64_t first = first_split(c->problem, &t.seq.span);
+    k->clear(&t, state);
+    for (int64_t s = splits.lo; s < splits.hi; s++)
+        k->fold(&t, state, c->states + (size_t)(item * c->plan.n_splits + s - first) * c->plan.state_bytes);
+    k->finish(&t, state);
+}
+
+/* One split of one tile, for the caller. Splits that the tile does not see are empty states. */
+static void tile_partial(const call *c, int64_t item, char *memory) {
+    const fad_cpu_kernel *k = c->plan.kernel;
+    const int64_t n_splits = fad_split_capacity(c->problem), split = item % n_splits;
+    char *state = memory + c->plan.scratch_bytes;
+    const fad_cpu_tile t = get_tile(c, item / n_splits);
+    const fad_interval splits = visible_splits(&t);
+    k->clear(&t, state);
+    if (split >= splits.lo && split < splits.hi) {
+        k->load(&t, memory);
+        k->run_split(&t, memory, split, state);
+    }
+    k->store(&t, state, c->partials, split);
+}
+
+/* Thread w takes units of work until none is left. The floating-point environment is part of the contract: round to
+ * nearest, subnormals kept, whatever the caller has set. */
+static void work(int64_t begin, int64_t end, void *ctx) {
+    call *c = ctx;
+    fenv_t caller;
+    fegetenv(&caller);
+    fesetenv(FE_DFL_ENV);
+    for (int64_t w = begin; w < end; w++) {
+        char *memory = c->threads + (size_t)w * (c->plan.scratch_bytes + 2 * c->plan.state_bytes);
+        for (int64_t i; (i = atomic_fetch_add(&c->next, 1)) < c->n_items;)
+            c->item(c, i, memory);
+    }
+    fesetenv(&caller);
+}
+
+static void run(call *c, const fad_runtime *r, void (*item)(const call *, int64_t, char *), int64_t n_items) {
+    const int64_t workers = n_items < r->num_threads ? n_items : r->num_threads;
+    c->item = item;
+    c->n_items = n_items;
+    atomic_store(&c->next, 0);
+    if (r->parallel_for && workers > 1)
+        r->parallel_for(workers, work, c);
+    else if (workers)
+        work(0, 1, c);
+}
+
+static void start(call *c, const fad_runtime *r) {
+    const fad_attn_problem *p = c->problem;
+    c->first_tile = r->workspace;
+    c->threads = (char *)r->workspace + c->plan.offsets_bytes;
+    c->states = c->threads + c->plan.threads_bytes;
+    c->first_tile[0] = 0;
+    for (int64_t b = 0; b < fad_sequence_count(p); b++)
+        c->first_tile[b + 1] = c->first_tile[b] + tiles_of(p, fad_get_sequence(p, b).q_rows, c->plan.tile_rows);
+}
+
+static size_t workspace_bytes(const plan *n) { return n->offsets_bytes + n->threads_bytes + n->partials_bytes; }
+
+fad_status fad_attn_workspace(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes) {
+    plan n;
+    fad_status status = fad_check_problem(problem);
+    if (status == FAD_OK && num_threads < 1)
+        status = fad_fail(FAD_INVALID_ARGUMENT, "num_threads is %d, expected at least 1", num_threads);
+    if (status == FAD_OK)
+        status = make_plan(problem, num_threads, 0, &n);
+    if (status == FAD_OK)
+        *bytes = workspace_bytes(&n);
+    return status;
+}
+
+static fad_status prepare(call *c, const fad_attn_problem *problem, const fad_runtime *runtime) {
+    fad_status status = fad_check_problem(problem);
+    if (status == FAD_OK && c->partials)
+        status = fad_check_partials(problem, c->partials);
+    if (status == FAD_OK)
+        status = fad_check_runtime(runtime, 0);
+    if (status == FAD_OK)
+        status = make_plan(problem, runtime->num_threads, c->partials != NULL, &c->plan);
+    if (status == FAD_OK)
+        status = fad_check_runtime(runtime, workspace_bytes(&c->plan));
+    c->problem = problem;
+    return status;
+}
+
+fad_status fad_attn_forward(const fad_attn_problem *problem, const fad_runtime *runtime) {
+    call c = {0};
+    const fad_status status = prepare(&c, problem, runtime);
+    if (status != FAD_OK)
+        return status;
+    start(&c, runtime);
+    if (c.plan.split_parallel) {
+        run(&c, runtime, tile_split, c.plan.n_tiles * c.plan.n_splits);
+        run(&c, runtime, tile_fold, c.plan.n_tiles);
+    } else {
+        run(&c, runtime, tile_in_place, c.plan.n_tiles);
+    }
+    return FAD_OK;
+}
+
+fad_status fad_attn_partials_count(const fad_attn_problem *problem, int64_t *count) {
+    fad_status status = fad_check_problem(problem);
+    if (status == FAD_OK)
+        status = fad_check_partials(problem, NULL);
+    if (status == FAD_OK)
+        *count = fad_split_capacity(problem) + (problem->sinks != NULL);
+    return status;
+}
+
+/* N8: the sink of each head as one more state, behind the splits. */
+static void store_sinks(const fad_attn_problem *p, const fad_partials *partials) {
+    const size_t real = fad_compute_bytes(p->dtype), rows = (size_t)(p->B * p->Hq * p->Sq);
+    const size_t before = (size_t)(partials->n_splits - 1) * rows;
+    memset((char *)partials->o + before * (size_t)p->Dv * real, 0, rows * (size_t)p->Dv * real);
+    for (size_t r = 0; r < rows; r++) {
+        const size_t h = r / (size_t)p->Sq % (size_t)p->Hq, at = before + r;
+        if (p->dtype == FAD_FLOAT64)
+            ((double *)partials->m)[at] = fad_f64_sink_state(((const double *)p->sinks)[h], (double *)partials->l + at);
+        else
+            ((float *)partials->m)[at] = fad_f32_sink_state(((const float *)p->sinks)[h], (float *)partials->l + at);
+    }
+}
+
+fad_status fad_attn_partials(const fad_attn_problem *problem, const fad_partials *partials, const fad_runtime *runtime) {
+    static const fad_partials none;
+    call c = {.partials = partials ? partials : &none};
+    const fad_status status = prepare(&c, problem, runtime);
+    if (status != FAD_OK)
+        return status;
+    start(&c, runtime);
+    run(&c, runtime, tile_partial, c.plan.n_tiles * fad_split_capacity(problem));
+    if (problem->sinks)
+        store_sinks(problem, partials);
+    return FAD_OK;
+}

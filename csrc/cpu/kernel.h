@@ -1,0 +1,59 @@
+/* What a CPU kernel offers the scheduler (attention.c): one table of functions per instruction set, all built from
+ * tile.inc, all with the same bits.
+ *
+ * A tile is up to 256 query rows that share a kv head: the rows of a sequence and the heads of a group, packed as
+ * r = i * G + g. Its life: load it into scratch, run splits into states, fold the states in ascending order, finish. */
+#ifndef FAD_CPU_KERNEL_H
+#define FAD_CPU_KERNEL_H
+
+#include "../core/core.h"
+
+/* What a vector lane stands for: a query row (many rows: K and V are broadcast) or a key, then a value dim (few rows:
+ * K and V are the vectors). */
+typedef enum fad_layout { FAD_LAYOUT_ROWS = 1, FAD_LAYOUT_KEYS = 2 } fad_layout;
+
+enum { FAD_TILE_ROWS_MAX = 256 };
+
+typedef struct fad_cpu_tile {
+    const fad_attn_problem *problem;
+    fad_sequence seq;
+    fad_layout layout;
+    int64_t head_k, row0; /* kv head; first packed row */
+    int64_t n_rows;       /* packed rows owned: all are written */
+    int64_t n_active;     /* of these, rows below n_q: only they are computed */
+} fad_cpu_tile;
+
+typedef struct fad_cpu_kernel {
+    const char *isa;
+    size_t (*scratch_bytes)(const fad_attn_problem *problem, int64_t tile_rows);
+    size_t (*state_bytes)(const fad_attn_problem *problem, int64_t tile_rows);
+    void (*load)(const fad_cpu_tile *tile, void *scratch);
+    void (*clear)(const fad_cpu_tile *tile, void *state);
+    void (*run_split)(const fad_cpu_tile *tile, void *scratch, int64_t split, void *state); /* state: any -> the split's */
+    void (*fold)(const fad_cpu_tile *tile, void *state, const void *part);
+    void (*finish)(const fad_cpu_tile *tile, void *state); /* adds the sink; writes out and lse */
+    void (*store)(const fad_cpu_tile *tile, const void *state, const fad_partials *partials, int64_t index);
+} fad_cpu_kernel;
+
+/* Instruction sets of this build, best first: X(name, condition under which this CPU runs it). */
+#if defined(__x86_64__)
+#define FAD_CPU_ISAS(X)                                                                                                \
+    X(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))    \
+    X(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))         \
+    X(scalar, 1)
+#elif defined(__aarch64__)
+#define FAD_CPU_ISAS(X) X(neon, 1) X(scalar, 1)
+#else
+#define FAD_CPU_ISAS(X) X(scalar, 1)
+#endif
+
+#define FAD_CPU_KERNEL_DECLARE(name, runs) extern const fad_cpu_kernel fad_cpu_kernel_##name;
+FAD_CPU_ISAS(FAD_CPU_KERNEL_DECLARE)
+#undef FAD_CPU_KERNEL_DECLARE
+extern const fad_cpu_kernel fad_cpu_kernel_f64; /* fp64, one lane */
+
+/* The kernel to run: the forced or environment's instruction set, else the best. FAD_INVALID_ARGUMENT for a name that
+ * is unknown or cannot run here. */
+fad_status fad_cpu_select(fad_dtype dtype, const fad_cpu_kernel **kernel);
+
+#endif

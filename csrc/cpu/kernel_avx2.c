@@ -1,0 +1,4 @@
+#include "vec_avx2.h"
+
+#define FAD_ISA avx2
+#include "tile.inc"

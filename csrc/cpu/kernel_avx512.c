@@ -1,0 +1,4 @@
+#include "vec_avx512.h"
+
+#define FAD_ISA avx512
+#include "tile.inc"

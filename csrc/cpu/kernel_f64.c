@@ -1,0 +1,4 @@
+#include "vec_f64.h"
+
+#define FAD_ISA f64
+#include "tile.inc"

@@ -1,0 +1,4 @@
+#include "vec_neon.h"
+
+#define FAD_ISA neon
+#include "tile.inc"

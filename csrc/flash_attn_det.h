@@ -1,0 +1,137 @@
+/* flash_attn_det - the public C API.
+ *
+ * Deterministic, batch-invariant attention. Scheduling is free, arithmetic is fixed: the bits of one query row depend
+ * only on that row, on the keys and values it may see, on their positions within its own sequence, and on the static
+ * configuration. The arithmetic is written down in numerics/contract.h; this header only says how to ask for it.
+ *
+ * Conventions
+ *   - Letters: B sequences, Hq query heads, Hk key/value heads (Hq = G * Hk; query head h reads kv head h / G),
+ *     Sq / Sk rows, D head dim of q and k, Dv head dim of v and out. Indices b h i (query) j (key) d.
+ *   - Strides and lengths count elements, sizes whose name ends in _bytes count bytes. All offsets are 64-bit.
+ *   - No function allocates, prints, aborts, or keeps a pointer after it returns. The caller brings the workspace.
+ *   - Every function that returns fad_status checks all its arguments before any work; when the status is not FAD_OK,
+ *     no output was touched and fad_last_error() says which argument had which value and what was expected.
+ *   - Thread-safe: there is no mutable global state except the thread-local error text and forced schedule.
+ */
+#ifndef FLASH_ATTN_DET_H
+#define FLASH_ATTN_DET_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FAD_API __attribute__((visibility("default")))
+
+/* Pinned: a value is never reused or renumbered. */
+typedef enum fad_status {
+    FAD_OK = 0,
+    FAD_INVALID_ARGUMENT = 1, /* the call can never be right: shapes, strides, ranges */
+    FAD_UNSUPPORTED = 2,      /* a sensible request that this build or this device cannot serve */
+    FAD_DEVICE_ERROR = 3      /* the device refused a launch */
+} fad_status;
+
+typedef enum fad_dtype { FAD_FLOAT32 = 0, FAD_FLOAT16 = 1, FAD_BFLOAT16 = 2, FAD_FLOAT64 = 3 } fad_dtype;
+typedef enum fad_device { FAD_CPU = 0, FAD_CUDA = 1 } fad_device;
+
+/* The family of roundings (clause N7). AUTO is FMA on the CPU and for fp32 and fp64 inputs, MMA otherwise. */
+typedef enum fad_arithmetic { FAD_ARITHMETIC_AUTO = 0, FAD_ARITHMETIC_FMA = 1, FAD_ARITHMETIC_MMA = 2 } fad_arithmetic;
+
+/* [b, s, h, :] view of a buffer; the last dimension is contiguous, the other strides are arbitrary (also 0 or < 0). */
+typedef struct fad_view {
+    void *data;
+    int64_t stride_b, stride_s, stride_h; /* elements; stride_b is ignored when the sequences are packed */
+} fad_view;
+
+/* One attention call. Zero-initialise, then fill; a null pointer switches the optional part off.
+ *
+ * Dense (cu_seqlens_* null):  q [B, Sq, Hq, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv], out [B, Sq, Hq, Dv], lse [B, Hq, Sq].
+ * Packed (both non-null):     q [Sq, Hq, D], k [Sk, Hk, D], ...: Sq and Sk count the rows of the whole buffer; sequence b
+ *                             owns rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1. lse [Hq, Sq].
+ *
+ * Sequence b has n_k keys, numbered by their position in the sequence: pos = k_pos[b] + 0 .. n_k - 1. Its n_q query rows
+ * are aligned to the end of the keys (bottom-right): row i has position k_pos[b] + n_k - n_q + i. Query rows past n_q
+ * get out = 0 and lse = -inf. */
+typedef struct fad_attn_problem {
+    fad_device device;
+    fad_dtype dtype; /* of q, k, v and out. Scores, lse and partials: fp64 for FAD_FLOAT64, fp32 otherwise ("compute type") */
+    fad_arithmetic arithmetic;
+
+    int64_t B, Sq, Sk, Hq, Hk, D, Dv; /* D, Dv in 1..256; Hq a positive multiple of Hk; any other may be 0 */
+    fad_view q, k, v, out;
+    fad_view lse; /* compute type; data may be null when lse is not wanted */
+
+    const int32_t *cu_seqlens_q, *cu_seqlens_k; /* [B + 1] each, ascending from 0, or both null */
+    const int32_t *seqused_q, *seqused_k;       /* [B] rows in use, <= the rows that the sequence owns; null: all */
+    const int32_t *leftpad_k;                   /* [B] rows to skip before the first key (dense only); null: 0.
+                                                   seqused_k counts from there: n_k = seqused_k, or Sk - leftpad_k */
+    const int32_t *k_pos;                       /* [B] position of the first key in its sequence, >= 0; null: 0 */
+
+    double scale;                       /* finite; multiplies q.k */
+    int32_t causal;                     /* 0 or 1: row i sees positions <= its own */
+    int64_t window_left, window_right;  /* row i sees positions in [pos - left, pos + right]; -1: unbounded */
+    double softcap;                     /* > 0: scores become softcap * tanh(score / softcap); 0: off */
+    const void *alibi_slopes;           /* compute type; adds -slope * |pos_q - pos_k| to the score; null: off */
+    int64_t alibi_stride_b;             /* slopes are [B, Hq] with this batch stride; 0 shares [Hq] */
+    const void *sinks;                  /* [Hq] compute type: one more logit per head, with no value; null: off */
+
+    int64_t split_size; /* keys per split, a positive multiple of FAD_BLOCK_KV; changes bits (clause N3) */
+} fad_attn_problem;
+
+/* How the caller's machine runs things. None of it can change a bit. */
+typedef void (*fad_range_fn)(int64_t begin, int64_t end, void *ctx);
+typedef struct fad_runtime {
+    int32_t num_threads; /* >= 1; workspace must have been sized for as many */
+    /* Calls fn over [0, n) in disjoint ranges, each exactly once, and returns when all are done. Null: serial. */
+    void (*parallel_for)(int64_t n, fad_range_fn fn, void *ctx);
+    void *workspace; /* fad_attn_workspace() bytes, 64-byte aligned; contents on entry and exit are meaningless */
+    size_t workspace_bytes;
+    void *stream; /* CUDA stream handle; unused on the CPU */
+} fad_runtime;
+
+/* One unfinished state per split, in ascending order of position (clause N8), contiguous, compute type:
+ * o [n_splits, B, Sq, Hq, Dv], m and l [n_splits, B, Hq, Sq]. With sinks, one more state at the end holds the sink. */
+typedef struct fad_partials {
+    void *o, *m, *l;
+    int64_t n_splits;
+} fad_partials;
+
+FAD_API fad_status fad_attn_check(const fad_attn_problem *problem);
+
+/* Bytes of workspace for a forward on num_threads threads. Independent of Sq * Sk: per-thread tiles, B + 1 offsets and,
+ * for calls with fewer row tiles than threads can use, one fp32 state per split of those few tiles. */
+FAD_API fad_status fad_attn_workspace(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes);
+FAD_API fad_status fad_attn_forward(const fad_attn_problem *problem, const fad_runtime *runtime);
+
+/* The split-KV form that a user can see. Dense problems with k_pos == null only. out and lse are ignored.
+ * count = ceil(Sk / split_size), and one more with sinks; needs the same workspace as a forward. */
+FAD_API fad_status fad_attn_partials_count(const fad_attn_problem *problem, int64_t *count);
+FAD_API fad_status fad_attn_partials(const fad_attn_problem *problem, const fad_partials *partials, const fad_runtime *runtime);
+
+/* Detail of this thread's last status that was not FAD_OK; never null, valid until the thread's next call. */
+FAD_API const char *fad_last_error(void);
+
+/* The contract's constants by name ("BLOCK_KV", "DEFAULT_SPLIT_SIZE", ...); FAD_INVALID_ARGUMENT for an unknown name. */
+FAD_API fad_status fad_constant(const char *name, int64_t *value);
+/* Name of constant number index, or null past the end: the list that Python reads. */
+FAD_API const char *fad_constant_name(int32_t index);
+
+/* Instruction sets compiled in and runnable on this CPU, best first: name of number index, or null past the end.
+ * Chosen at run time; FLASH_ATTN_DET_ISA=<name> in the environment overrides. */
+FAD_API const char *fad_cpu_isa(int32_t index);
+
+/* For tests: force what the scheduler would choose, on the calling thread, until changed. Bits must not notice. */
+typedef struct fad_schedule {
+    const char *isa;        /* a name from fad_cpu_isa(); null: best. The string must outlive the setting */
+    int32_t layout;         /* 0: auto, 1: a vector lane is a query row ("rows"), 2: a vector lane is a key ("keys") */
+    int32_t tile_rows;      /* 0: auto; query rows of one work item, 1 .. 256 */
+    int32_t split_parallel; /* 0: auto, 1: never (splits folded in place), 2: always (partials in the workspace) */
+} fad_schedule;
+FAD_API fad_status fad_force_schedule(const fad_schedule *schedule); /* null: back to automatic */
+
+#ifdef __cplusplus
+}
+#endif
+#endif

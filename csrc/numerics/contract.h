@@ -1,0 +1,51 @@
+/* The contract: scheduling is free, arithmetic is fixed.
+ *
+ * A kernel may choose any tile, grid, split-parallelism, pipeline, page walk, thread or device count. It may not change
+ * the sequence of roundings that produces one output row. The clauses below say what that sequence is; the headers of
+ * this folder are the same clauses as code, for C11 and CUDA alike. Kernels cite a clause at the line that obeys it and
+ * tests are named after the clause they check. After contract version 1 a changed bit needs a new version.
+ *
+ * "Compute type" is fp64 for fp64 inputs and fp32 otherwise; LIMIT, SENTINEL and MIN_EXP below depend on it (real.h).
+ * Rounding is to nearest even, subnormals are kept, and mul-add pairs are fused only where a clause says fma.
+ *
+ * N1  Row.        out[i] and lse[i] depend only on that row of q, the K/V rows it may see, its position and theirs within
+ *                 its own sequence, its head's slope and sink, and static configuration: head dims, dtype, scale, softcap,
+ *                 mask kind, split_size, arithmetic family, contract version. Nothing else of the call can reach them.
+ * N2  Position.   Keys are numbered from their sequence's first key (k_pos for a cache that dropped its oldest keys), never
+ *                 from the buffer. Query row i of n_q stands at k_pos + n_k - n_q + i.                            (mask.h)
+ * N3  Partition.  A block is BLOCK_KV keys and a split is split_size keys, both at absolute multiples of position. The
+ *                 running reference may change only at a block; each split starts from the empty state
+ *                 (m = SENTINEL, l = 0, O = 0).                                                                (mask.h)
+ * N4  Visibility. Row at position p sees positions in [p - left, p + right] that exist (causal: right = 0). A key outside
+ *                 contributes exactly nothing: no term in the maximum, in l or in O, whatever its bits. Blocks, splits
+ *                 and tiles without a visible key may be skipped or executed.                                    (mask.h)
+ * N5  Score.      s is the dot product of q and k. Plain (scale > 0, no softcap, no ALiBi): the row's base-2 factor is
+ *                 c = scale * log2(e), rounded once, and x = s. Otherwise c = log2(e) and x = s * scale, or
+ *                 x = softcap * tanh(s * (scale / softcap)); then ALiBi x = fma(-slope, |pos_q - pos_k|, x). (softmax.inc)
+ * N6  Reference.  The running reference m of a row is an integer. At each block m' = max(m, ref(max_j x_j)), where
+ *                 ref(x) is the integer nearest to the exact product x * c if |x * c| <= LIMIT, and rint(x * c) beyond.
+ *                 O and l are multiplied by 2^(m - m') (0 below 2^MIN_EXP) before the block's first key, then
+ *                 p_j = exp2(fma(x_j, c, -m')), or exp2(x_j * c - m') with two roundings where |m'| > LIMIT. A maximum
+ *                 ignores NaN; a NaN score makes p NaN.                                                     (softmax.inc)
+ * N7  Families.   fma: dot products are chains of fused multiply-adds in the compute type from 0, ascending d; for each
+ *                 visible key in ascending order l = l + p and O_d = fma(p, v_d, O_d); 16-bit inputs are widened exactly;
+ *                 exp2, tanh and log2 are the polynomials of elementary.inc. mma: tensor cores, not in this version.
+ * N8  Fold.       Splits are folded in ascending order into the empty state: M' = max(M, m_c),
+ *                 O = O * 2^(M - M') + O_c * 2^(m_c - M'), l likewise, M = M'; each product and the sum rounded once. The
+ *                 sink z of a head is folded last, as the state m = max(SENTINEL, ref(z)), l = exp2(z * log2(e) - m) by
+ *                 the rules of N6 with c = log2(e), O = 0.                                                  (softmax.inc)
+ * N9  Finish.     out = O / l + 0, one division, rounded once to the output dtype. lse = (M + log2 l) * ln 2. NaN results
+ *                 are stored as the canonical quiet NaN. Partial states leave as O + 0, m, l.                (softmax.inc)
+ * N10 Empty.      A row with l = 0 (no visible key, or none with a score above -inf) gives out = 0 and lse = -inf.
+ * N11 Non-finite. Inf and NaN in what a row may see propagate as IEEE arithmetic says; in what it may not see they do not
+ *                 reach it.
+ */
+#ifndef FAD_NUMERICS_CONTRACT_H
+#define FAD_NUMERICS_CONTRACT_H
+
+#include "constants.h"
+#include "half.h"
+#include "mask.h"
+#include "real.h"
+
+#endif
