@@ -122,6 +122,10 @@ FAD_API const char *fad_constant_name(int32_t index);
  * Chosen at run time; FLASH_ATTN_DET_ISA=<name> in the environment overrides. */
 FAD_API const char *fad_cpu_isa(int32_t index);
 
+/* For benchmarks: runs independent fp32 fmas from registers on this thread and returns how many operations they were;
+ * over the time it took, the peak that the forward can be held against. */
+FAD_API fad_status fad_cpu_fma_flops(int64_t iterations, double *flops);
+
 /* For tests: force what the scheduler would choose, on the calling thread, until changed. Bits must not notice. */
 typedef struct fad_schedule {
     const char *isa;        /* a name from fad_cpu_isa(); null: best. The string must outlive the setting */

@@ -1,6 +1,7 @@
 /* Every argument check, before any work. Messages name the argument, its value and what was expected. */
 #include "core.h"
 
+#include <float.h>
 #include <math.h>
 
 #define REQUIRE(condition, ...)                                                                                        \
@@ -41,8 +42,10 @@ static fad_status check_data(const fad_attn_problem *p) {
 }
 
 static fad_status check_options(const fad_attn_problem *p) {
-    REQUIRE(isfinite(p->scale), "scale is %g, expected a finite number", p->scale);
-    REQUIRE(isfinite(p->softcap) && p->softcap >= 0, "softcap is %g, expected 0 (off) or a positive finite number", p->softcap);
+    const double largest = p->dtype == FAD_FLOAT64 ? DBL_MAX / 2 : FLT_MAX / 2; /* factors must be finite where they are used */
+    REQUIRE(fabs(p->scale) <= largest, "scale is %g, expected a finite number in the compute type", p->scale);
+    REQUIRE(p->softcap >= 0 && p->softcap <= largest && (p->softcap == 0 || fabs(p->scale) / p->softcap <= largest),
+            "softcap is %g, expected 0 (off) or a positive number so that scale / softcap is finite in the compute type", p->softcap);
     REQUIRE(p->causal == 0 || p->causal == 1, "causal is %d, expected 0 or 1", p->causal);
     REQUIRE(p->window_left >= -1 && p->window_left <= max_extent, "left window is %lld, expected -1 (unbounded) or 0 to 2^40",
             LL(p->window_left));

@@ -154,16 +154,22 @@ static void tile_in_place(const call *c, int64_t item, char *memory) {
     k->finish(&t, state);
 }
 
-/* One split of one tile, into the workspace. */
+static char *split_state(const call *c, int64_t tile, int64_t nth) {
+    return c->states + (size_t)(tile * c->plan.n_splits + nth) * c->plan.state_bytes;
+}
+
+/* One split of one tile, into the workspace. The tiles of one split follow each other: heads that lie side by side in
+ * memory are read while their pages are at hand. */
 static void tile_split(const call *c, int64_t item, char *memory) {
     const fad_cpu_kernel *k = c->plan.kernel;
-    const fad_cpu_tile t = get_tile(c, item / c->plan.n_splits);
-    const int64_t split = first_split(c->problem, &t.seq.span) + item % c->plan.n_splits;
+    const int64_t tile = item % c->plan.n_tiles, nth = item / c->plan.n_tiles;
+    const fad_cpu_tile t = get_tile(c, tile);
+    const int64_t split = first_split(c->problem, &t.seq.span) + nth;
     const fad_interval splits = visible_splits(&t);
     if (split < splits.lo || split >= splits.hi)
         return;
     k->load(&t, memory);
-    k->run_split(&t, memory, split, c->states + (size_t)item * c->plan.state_bytes);
+    k->run_split(&t, memory, split, split_state(c, tile, nth));
 }
 
 /* The fold of what tile_split left (N8). */
@@ -175,7 +181,7 @@ static void tile_fold(const call *c, int64_t item, char *memory) {
     const int64_t first = first_split(c->problem, &t.seq.span);
     k->clear(&t, state);
     for (int64_t s = splits.lo; s < splits.hi; s++)
-        k->fold(&t, state, c->states + (size_t)(item * c->plan.n_splits + s - first) * c->plan.state_bytes);
+        k->fold(&t, state, split_state(c, item, s - first));
     k->finish(&t, state);
 }
 
@@ -282,17 +288,23 @@ fad_status fad_attn_partials_count(const fad_attn_problem *problem, int64_t *cou
     return status;
 }
 
-/* N8: the sink of each head as one more state, behind the splits. */
+/* N8: the sink of each head as one more state, behind the splits; empty for rows past n_q. */
 static void store_sinks(const fad_attn_problem *p, const fad_partials *partials) {
     const size_t real = fad_compute_bytes(p->dtype), rows = (size_t)(p->B * p->Hq * p->Sq);
     const size_t before = (size_t)(partials->n_splits - 1) * rows;
     memset((char *)partials->o + before * (size_t)p->Dv * real, 0, rows * (size_t)p->Dv * real);
     for (size_t r = 0; r < rows; r++) {
-        const size_t h = r / (size_t)p->Sq % (size_t)p->Hq, at = before + r;
-        if (p->dtype == FAD_FLOAT64)
-            ((double *)partials->m)[at] = fad_f64_sink_state(((const double *)p->sinks)[h], (double *)partials->l + at);
-        else
-            ((float *)partials->m)[at] = fad_f32_sink_state(((const float *)p->sinks)[h], (float *)partials->l + at);
+        const int64_t i = (int64_t)r % p->Sq, h = (int64_t)r / p->Sq % p->Hq, b = (int64_t)r / p->Sq / p->Hq;
+        const int unused = i >= fad_get_sequence(p, b).span.n_q;
+        if (p->dtype == FAD_FLOAT64) {
+            double l, m = fad_f64_sink_state(((const double *)p->sinks)[h], &l);
+            ((double *)partials->m)[before + r] = unused ? FAD_F64_SENTINEL : m;
+            ((double *)partials->l)[before + r] = unused ? 0 : fad_f64_canonical(l);
+        } else {
+            float l, m = fad_f32_sink_state(((const float *)p->sinks)[h], &l);
+            ((float *)partials->m)[before + r] = unused ? FAD_F32_SENTINEL : m;
+            ((float *)partials->l)[before + r] = unused ? 0 : fad_f32_canonical(l);
+        }
     }
 }
 

@@ -33,6 +33,7 @@ typedef struct fad_cpu_kernel {
     void (*fold)(const fad_cpu_tile *tile, void *state, const void *part);
     void (*finish)(const fad_cpu_tile *tile, void *state); /* adds the sink; writes out and lse */
     void (*store)(const fad_cpu_tile *tile, const void *state, const fad_partials *partials, int64_t index);
+    double (*fma_flops)(int64_t iterations); /* see fad_cpu_fma_flops */
 } fad_cpu_kernel;
 
 /* Instruction sets of this build, best first: X(name, condition under which this CPU runs it). */

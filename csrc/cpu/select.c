@@ -39,3 +39,11 @@ fad_status fad_cpu_select(fad_dtype dtype, const fad_cpu_kernel **kernel) {
     return fad_fail(FAD_INVALID_ARGUMENT, "instruction set '%s' (from %s) is unknown or not available here, the best one is '%s'",
                     wanted, forced ? "the forced schedule" : "FLASH_ATTN_DET_ISA", runnable(0)->isa);
 }
+
+fad_status fad_cpu_fma_flops(int64_t iterations, double *flops) {
+    const fad_cpu_kernel *kernel;
+    const fad_status status = fad_cpu_select(FAD_FLOAT32, &kernel);
+    if (status == FAD_OK)
+        *flops = kernel->fma_flops(iterations);
+    return status;
+}

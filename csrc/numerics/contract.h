@@ -19,9 +19,10 @@
  * N4  Visibility. Row at position p sees positions in [p - left, p + right] that exist (causal: right = 0). A key outside
  *                 contributes exactly nothing: no term in the maximum, in l or in O, whatever its bits. Blocks, splits
  *                 and tiles without a visible key may be skipped or executed.                                    (mask.h)
- * N5  Score.      s is the dot product of q and k. Plain (scale > 0, no softcap, no ALiBi): the row's base-2 factor is
- *                 c = scale * log2(e), rounded once, and x = s. Otherwise c = log2(e) and x = s * scale, or
- *                 x = softcap * tanh(s * (scale / softcap)); then ALiBi x = fma(-slope, |pos_q - pos_k|, x). (softmax.inc)
+ * N5  Score.      s is the dot product of q and k. Plain (no softcap, no ALiBi, and c > 0): the base-2 factor is
+ *                 c = scale * log2(e), a product in fp64 rounded to the compute type, and x = s. Otherwise c = log2(e)
+ *                 and x = s * scale, or x = softcap * tanh(s * (scale / softcap)), the quotient in fp64 and rounded; then
+ *                 with ALiBi x = fma(-slope, |pos_q - pos_k|, x).                                           (softmax.inc)
  * N6  Reference.  The running reference m of a row is an integer. At each block m' = max(m, ref(max_j x_j)), where
  *                 ref(x) is the integer nearest to the exact product x * c if |x * c| <= LIMIT, and rint(x * c) beyond.
  *                 O and l are multiplied by 2^(m - m') (0 below 2^MIN_EXP) before the block's first key, then
