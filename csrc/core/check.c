@@ -92,25 +92,21 @@ fad_status fad_check_problem(const fad_attn_problem *p) {
     REQUIRE(p->device == FAD_CPU || p->device == FAD_CUDA, "device is %d, expected a fad_device", p->device);
     REQUIRE(p->arithmetic >= FAD_ARITHMETIC_AUTO && p->arithmetic <= FAD_ARITHMETIC_MMA,
             "arithmetic is %d, expected a fad_arithmetic", p->arithmetic);
-    if (p->device == FAD_CUDA)
-        return fad_fail(FAD_UNSUPPORTED, "the tensors are on a CUDA device, but this build has only CPU kernels");
-    if (p->arithmetic == FAD_ARITHMETIC_MMA)
+    if (p->device == FAD_CPU && p->arithmetic == FAD_ARITHMETIC_MMA)
         return fad_fail(FAD_UNSUPPORTED, "arithmetic 'mma' needs tensor cores; on the CPU use 'fma' or 'auto'");
     TRY(check_shape(p));
     REQUIRE(!p->cu_seqlens_q == !p->cu_seqlens_k, "only one of cu_seqlens_q and cu_seqlens_k is given, expected both or none");
     REQUIRE(!p->cu_seqlens_q || !p->leftpad_k, "leftpad_k is given for packed sequences, which have no padding");
     TRY(check_data(p));
     TRY(check_options(p));
-    if (p->cu_seqlens_q) {
+    if (p->cu_seqlens_q && p->device == FAD_CPU) {
         TRY(check_cu_seqlens("cu_seqlens_q", p->cu_seqlens_q, p->B, p->Sq));
         TRY(check_cu_seqlens("cu_seqlens_k", p->cu_seqlens_k, p->B, p->Sk));
     }
-    return check_lengths(p);
+    return p->device == FAD_CPU ? check_lengths(p) : FAD_OK;
 }
 
-fad_status fad_check_runtime(const fad_runtime *r, size_t workspace_bytes) {
-    REQUIRE(r, "runtime is null");
-    REQUIRE(r->num_threads >= 1, "num_threads is %d, expected at least 1", r->num_threads);
+fad_status fad_check_workspace(const fad_runtime *r, size_t workspace_bytes) {
     REQUIRE(r->workspace_bytes >= workspace_bytes, "the workspace has %zu bytes, expected at least the %zu of fad_attn_workspace",
             r->workspace_bytes, workspace_bytes);
     REQUIRE(!workspace_bytes || (r->workspace && (uintptr_t)r->workspace % 64 == 0),
@@ -128,5 +124,3 @@ fad_status fad_check_partials(const fad_attn_problem *p, const fad_partials *par
     REQUIRE(count * p->B * p->Sq == 0 || (partials->o && partials->m && partials->l), "partials has a null pointer");
     return FAD_OK;
 }
-
-fad_status fad_attn_check(const fad_attn_problem *problem) { return fad_check_problem(problem); }

@@ -10,7 +10,7 @@ fad_status fad_fail(fad_status status, const char *format, ...) __attribute__((f
 
 /* The only place where arguments are checked. Arrays of lengths are read only where the host can: device == FAD_CPU. */
 fad_status fad_check_problem(const fad_attn_problem *problem);
-fad_status fad_check_runtime(const fad_runtime *runtime, size_t workspace_bytes);
+fad_status fad_check_workspace(const fad_runtime *runtime, size_t workspace_bytes);
 fad_status fad_check_partials(const fad_attn_problem *problem, const fad_partials *partials);
 
 /* Splits that a dense call's keys can occupy, from position 0. */
@@ -32,6 +32,14 @@ typedef struct fad_sequence {
 /* Packed calls have one more sequence, number B: the rows of the buffer behind the last one, all unused. */
 static inline int64_t fad_sequence_count(const fad_attn_problem *p) { return p->B + (p->cu_seqlens_q != NULL); }
 fad_sequence fad_get_sequence(const fad_attn_problem *problem, int64_t b);
+
+/* What a device offers. The arguments have been checked. */
+typedef struct fad_backend {
+    fad_status (*workspace)(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes);
+    fad_status (*forward)(const fad_attn_problem *problem, const fad_runtime *runtime);
+    fad_status (*partials)(const fad_attn_problem *problem, const fad_partials *partials, const fad_runtime *runtime);
+} fad_backend;
+extern const fad_backend fad_cpu_backend;
 
 /* This thread's forced schedule; all zero when nothing is forced. */
 const fad_schedule *fad_forced_schedule(void);

@@ -238,35 +238,17 @@ static void start(call *c, const fad_runtime *r) {
 
 static size_t workspace_bytes(const plan *n) { return n->offsets_bytes + n->threads_bytes + n->partials_bytes; }
 
-fad_status fad_attn_workspace(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes) {
+static fad_status cpu_workspace(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes) {
     plan n;
-    fad_status status = fad_check_problem(problem);
-    if (status == FAD_OK && num_threads < 1)
-        status = fad_fail(FAD_INVALID_ARGUMENT, "num_threads is %d, expected at least 1", num_threads);
-    if (status == FAD_OK)
-        status = make_plan(problem, num_threads, 0, &n);
+    const fad_status status = make_plan(problem, num_threads, 0, &n);
     if (status == FAD_OK)
         *bytes = workspace_bytes(&n);
     return status;
 }
 
-static fad_status prepare(call *c, const fad_attn_problem *problem, const fad_runtime *runtime) {
-    fad_status status = fad_check_problem(problem);
-    if (status == FAD_OK && c->partials)
-        status = fad_check_partials(problem, c->partials);
-    if (status == FAD_OK)
-        status = fad_check_runtime(runtime, 0);
-    if (status == FAD_OK)
-        status = make_plan(problem, runtime->num_threads, c->partials != NULL, &c->plan);
-    if (status == FAD_OK)
-        status = fad_check_runtime(runtime, workspace_bytes(&c->plan));
-    c->problem = problem;
-    return status;
-}
-
-fad_status fad_attn_forward(const fad_attn_problem *problem, const fad_runtime *runtime) {
-    call c = {0};
-    const fad_status status = prepare(&c, problem, runtime);
+static fad_status cpu_forward(const fad_attn_problem *problem, const fad_runtime *runtime) {
+    call c = {.problem = problem};
+    const fad_status status = make_plan(problem, runtime->num_threads, 0, &c.plan);
     if (status != FAD_OK)
         return status;
     start(&c, runtime);
@@ -277,15 +259,6 @@ fad_status fad_attn_forward(const fad_attn_problem *problem, const fad_runtime *
         run(&c, runtime, tile_in_place, c.plan.n_tiles);
     }
     return FAD_OK;
-}
-
-fad_status fad_attn_partials_count(const fad_attn_problem *problem, int64_t *count) {
-    fad_status status = fad_check_problem(problem);
-    if (status == FAD_OK)
-        status = fad_check_partials(problem, NULL);
-    if (status == FAD_OK)
-        *count = fad_split_capacity(problem) + (problem->sinks != NULL);
-    return status;
 }
 
 /* N8: the sink of each head as one more state, behind the splits; empty for rows past n_q. */
@@ -308,10 +281,9 @@ static void store_sinks(const fad_attn_problem *p, const fad_partials *partials)
     }
 }
 
-fad_status fad_attn_partials(const fad_attn_problem *problem, const fad_partials *partials, const fad_runtime *runtime) {
-    static const fad_partials none;
-    call c = {.partials = partials ? partials : &none};
-    const fad_status status = prepare(&c, problem, runtime);
+static fad_status cpu_partials(const fad_attn_problem *problem, const fad_partials *partials, const fad_runtime *runtime) {
+    call c = {.problem = problem, .partials = partials};
+    const fad_status status = make_plan(problem, runtime->num_threads, 1, &c.plan);
     if (status != FAD_OK)
         return status;
     start(&c, runtime);
@@ -320,3 +292,5 @@ fad_status fad_attn_partials(const fad_attn_problem *problem, const fad_partials
         store_sinks(problem, partials);
     return FAD_OK;
 }
+
+const fad_backend fad_cpu_backend = {cpu_workspace, cpu_forward, cpu_partials};
