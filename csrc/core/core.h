@@ -1,9 +1,8 @@
-/* Shared by the backends: errors, argument checks, and where each sequence lies in the buffers. */
+/* Shared by the backends: errors, argument checks, the shape of a backend. */
 #ifndef FAD_CORE_H
 #define FAD_CORE_H
 
-#include "../flash_attn_det.h"
-#include "../numerics/contract.h"
+#include "sequence.h"
 
 /* Records the detail text of this thread's failure and returns status. */
 fad_status fad_fail(fad_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
@@ -13,25 +12,11 @@ fad_status fad_check_problem(const fad_attn_problem *problem);
 fad_status fad_check_workspace(const fad_runtime *runtime, size_t workspace_bytes);
 fad_status fad_check_partials(const fad_attn_problem *problem, const fad_partials *partials);
 
-/* Splits that a dense call's keys can occupy, from position 0. */
-int64_t fad_split_capacity(const fad_attn_problem *problem);
-
 /* Bytes of one element: of q, k, v and out; of scores, lse and partials. */
 static inline size_t fad_dtype_bytes(fad_dtype dtype) {
     return dtype == FAD_FLOAT64 ? 8 : dtype == FAD_FLOAT32 ? 4 : 2;
 }
 static inline size_t fad_compute_bytes(fad_dtype dtype) { return dtype == FAD_FLOAT64 ? 8 : 4; }
-
-/* One sequence: element offsets of its first row in each buffer, the query rows it owns (also the unused ones, which
- * must be written), and what its rows may see. */
-typedef struct fad_sequence {
-    int64_t index, q, k, v, out, lse, q_rows;
-    fad_span span;
-} fad_sequence;
-
-/* Packed calls have one more sequence, number B: the rows of the buffer behind the last one, all unused. */
-static inline int64_t fad_sequence_count(const fad_attn_problem *p) { return p->B + (p->cu_seqlens_q != NULL); }
-fad_sequence fad_get_sequence(const fad_attn_problem *problem, int64_t b);
 
 /* What a device offers. The arguments have been checked. */
 typedef struct fad_backend {

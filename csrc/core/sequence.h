@@ -1,0 +1,53 @@
+/* Where each sequence lies in the buffers: for the host and, where the lengths are device arrays, for kernels. */
+#ifndef FAD_CORE_SEQUENCE_H
+#define FAD_CORE_SEQUENCE_H
+
+#include "../flash_attn_det.h"
+#include "../numerics/contract.h"
+
+/* One sequence: element offsets of its first row in each buffer, the query rows it owns (also the unused ones, which
+ * must be written), and what its rows may see. */
+typedef struct fad_sequence {
+    int64_t index, q, k, v, out, lse, q_rows;
+    fad_span span;
+} fad_sequence;
+
+/* Packed calls have one more sequence, number B: the rows of the buffer behind the last one, all unused. */
+FAD_FN int64_t fad_sequence_count(const fad_attn_problem *p) { return p->B + (p->cu_seqlens_q != NULL); }
+
+/* Splits that a dense call's keys can occupy, from position 0. */
+FAD_FN int64_t fad_split_capacity(const fad_attn_problem *p) { return fad_partition_end(p->Sk, p->split_size); }
+
+/* Rows that sequence b owns in a buffer of n rows, and the first of them. */
+FAD_FN int64_t fad_owned_rows(const int32_t *cu_seqlens, int64_t B, int64_t b, int64_t n, int64_t *first) {
+    *first = cu_seqlens ? cu_seqlens[b] : 0;
+    return !cu_seqlens ? n : (b < B ? cu_seqlens[b + 1] : n) - *first;
+}
+
+FAD_FN fad_sequence fad_get_sequence(const fad_attn_problem *p, int64_t b) {
+    const int packed = p->cu_seqlens_q != NULL;
+    int64_t q_row, k_row, k_rows;
+    fad_sequence s;
+    memset(&s, 0, sizeof s);
+    s.index = b;
+    s.q_rows = fad_owned_rows(p->cu_seqlens_q, p->B, b, p->Sq, &q_row);
+    k_rows = fad_owned_rows(p->cu_seqlens_k, p->B, b, p->Sk, &k_row);
+    if (b < p->B) {
+        const int64_t pad = p->leftpad_k ? p->leftpad_k[b] : 0;
+        k_row += pad;
+        s.span.n_q = p->seqused_q ? p->seqused_q[b] : s.q_rows;
+        s.span.n_k = p->seqused_k ? p->seqused_k[b] : k_rows - pad;
+        s.span.k_pos = p->k_pos ? p->k_pos[b] : 0; /* N2 */
+    }
+    s.span.left = p->window_left;
+    s.span.right = p->causal ? 0 : p->window_right; /* N4 */
+    const int64_t batch = packed ? 0 : b;
+    s.q = batch * p->q.stride_b + q_row * p->q.stride_s;
+    s.k = batch * p->k.stride_b + k_row * p->k.stride_s;
+    s.v = batch * p->v.stride_b + k_row * p->v.stride_s;
+    s.out = batch * p->out.stride_b + q_row * p->out.stride_s;
+    s.lse = batch * p->lse.stride_b + q_row * p->lse.stride_s;
+    return s;
+}
+
+#endif
