@@ -6,7 +6,7 @@ static fad_status select_backend(const fad_attn_problem *problem, const fad_back
     if (status != FAD_OK)
         return status;
     if (problem->device == FAD_CUDA)
-        return fad_fail(FAD_UNSUPPORTED, "the tensors are on a CUDA device, but this build has only CPU kernels");
+        return fad_load_cuda(backend);
     *backend = &fad_cpu_backend;
     return FAD_OK;
 }
@@ -38,6 +38,8 @@ static fad_status check_workspace(const fad_backend *backend, const fad_attn_pro
 fad_status fad_attn_forward(const fad_attn_problem *problem, const fad_runtime *runtime) {
     const fad_backend *backend;
     fad_status status = select_backend(problem, &backend);
+    if (status == FAD_OK)
+        status = fad_check_out(problem);
     if (status == FAD_OK)
         status = check_workspace(backend, problem, runtime);
     return status != FAD_OK ? status : backend->forward(problem, runtime);

@@ -36,7 +36,7 @@ static fad_status check_shape(const fad_attn_problem *p) {
 
 static fad_status check_data(const fad_attn_problem *p) {
     const int has_q = p->Sq > 0 && (p->B > 0 || p->cu_seqlens_q), has_k = p->Sk > 0 && (p->B > 0 || p->cu_seqlens_k);
-    REQUIRE(!has_q || (p->q.data && p->out.data), "q or out has a null data pointer but %lld rows", LL(p->Sq));
+    REQUIRE(!has_q || p->q.data, "q has a null data pointer but %lld rows", LL(p->Sq));
     REQUIRE(!has_k || (p->k.data && p->v.data), "k or v has a null data pointer but %lld rows", LL(p->Sk));
     return FAD_OK;
 }
@@ -104,6 +104,12 @@ fad_status fad_check_problem(const fad_attn_problem *p) {
         TRY(check_cu_seqlens("cu_seqlens_k", p->cu_seqlens_k, p->B, p->Sk));
     }
     return p->device == FAD_CPU ? check_lengths(p) : FAD_OK;
+}
+
+fad_status fad_check_out(const fad_attn_problem *p) {
+    const int has_out = p->Sq > 0 && (p->B > 0 || p->cu_seqlens_q);
+    REQUIRE(!has_out || p->out.data, "out has a null data pointer but %lld rows", LL(p->Sq));
+    return FAD_OK;
 }
 
 fad_status fad_check_workspace(const fad_runtime *r, size_t workspace_bytes) {

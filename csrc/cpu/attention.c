@@ -12,6 +12,7 @@ typedef struct plan {
     const fad_cpu_kernel *kernel;
     int64_t tile_rows, n_tiles, n_splits; /* n_splits: of the longest sequence */
     int split_parallel;
+    fad_layout layout; /* forced, or 0: chosen for each tile. Kept here, because what is forced is known to the caller's thread only */
     size_t scratch_bytes, state_bytes;                  /* of one thread; of one tile */
     size_t offsets_bytes, threads_bytes, partials_bytes; /* the three parts of the workspace */
 } plan;
@@ -80,6 +81,7 @@ static fad_status make_plan(const fad_attn_problem *p, int32_t num_threads, int 
     n.tile_rows = choose_tile_rows(p, num_threads);
     n.n_tiles = count_tiles(p, n.tile_rows);
     n.n_splits = most_splits(p);
+    n.layout = (fad_layout)fad_forced_schedule()->layout;
     n.split_parallel = !partials && n.n_splits > 1 && (forced ? forced == 2 : n.n_tiles < 4 * (int64_t)num_threads && num_threads > 1);
     n.scratch_bytes = round_up(n.kernel->scratch_bytes(p, n.tile_rows));
     n.state_bytes = round_up(n.kernel->state_bytes(p, n.tile_rows));
@@ -113,14 +115,12 @@ static fad_cpu_tile get_tile(const call *c, int64_t number) {
     }
     fad_cpu_tile t = {.problem = p, .seq = fad_get_sequence(p, lo)};
     const int64_t per_head = (c->first_tile[lo + 1] - c->first_tile[lo]) / p->Hk, local = number - c->first_tile[lo];
-    const int64_t rows = t.seq.q_rows * group(p), active = t.seq.span.n_q * group(p), forced = fad_forced_schedule()->layout;
+    const int64_t rows = t.seq.q_rows * group(p), active = t.seq.span.n_q * group(p);
     t.head_k = local / per_head;
     t.row0 = (per_head - 1 - local % per_head) * c->plan.tile_rows; /* last rows first: under a causal mask they are the longest */
     t.n_rows = rows - t.row0 < c->plan.tile_rows ? rows - t.row0 : c->plan.tile_rows;
     t.n_active = active <= t.row0 ? 0 : active - t.row0 < t.n_rows ? active - t.row0 : t.n_rows;
-    t.layout = forced                              ? (fad_layout)forced
-               : t.n_rows <= KEYS_LAYOUT_MAX_ROWS ? FAD_LAYOUT_KEYS
-                                                  : FAD_LAYOUT_ROWS;
+    t.layout = c->plan.layout ? c->plan.layout : t.n_rows <= KEYS_LAYOUT_MAX_ROWS ? FAD_LAYOUT_KEYS : FAD_LAYOUT_ROWS;
     return t;
 }
 

@@ -38,7 +38,7 @@ typedef struct fad_torch_call {
     fad_attn_problem problem;                /* points into tensors and results */
     fad_runtime runtime;                     /* points into workspace */
     int32_t device_type, device_index, dtype, compute_dtype; /* in torch's numbers */
-    char message[640];                       /* detail of a failure */
+    char message[640];                                       /* detail of a failure */
 } fad_torch_call;
 
 /* Records the detail text and returns status. */
@@ -49,7 +49,7 @@ fad_status fad_torch_fail(fad_torch_call *call, fad_status status, const char *f
 #define TRY_TORCH(call, expression)                                                                                    \
     do {                                                                                                               \
         if ((expression) != 0)                                                                                         \
-            return fad_torch_fail(call, FAD_DEVICE_ERROR, "PyTorch failed: %s", #expression);                         \
+            return fad_torch_fail(call, FAD_DEVICE_ERROR, "PyTorch failed: %s", #expression);                          \
     } while (0)
 #define TRY(expression)                                                                                                \
     do {                                                                                                               \

@@ -44,7 +44,8 @@ static fad_status make_runtime(fad_torch_call *call) {
     size_t bytes = 0;
     TRY_TORCH(call, torch_get_num_threads(&n_threads));
     TRY_CORE(call, fad_attn_workspace(&call->problem, (int32_t)n_threads, &bytes));
-    call->runtime = (fad_runtime){.num_threads = (int32_t)n_threads, .parallel_for = parallel_for, .workspace_bytes = bytes};
+    call->runtime =
+        (fad_runtime){.num_threads = (int32_t)n_threads, .parallel_for = parallel_for, .workspace_bytes = bytes};
     parallel_error = 0;
     if (bytes == 0)
         return FAD_OK;
@@ -59,7 +60,8 @@ static fad_status make_runtime(fad_torch_call *call) {
 }
 
 /* Allocates a contiguous result number index. */
-static fad_status make_result(fad_torch_call *call, int index, int64_t ndim, const int64_t *sizes, int32_t dtype, void **data) {
+static fad_status make_result(fad_torch_call *call, int index, int64_t ndim, const int64_t *sizes, int32_t dtype,
+                              void **data) {
     int64_t strides[5], stride = 1;
     for (int64_t i = ndim - 1; i >= 0; i--) {
         strides[i] = stride;

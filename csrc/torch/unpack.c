@@ -75,20 +75,21 @@ static fad_status set_device(fad_torch_call *call, const tensor *t) {
 /* Views of q, k, v as [b, s, h, :]; packed ones have no b. */
 static fad_status set_views(fad_torch_call *call, const tensor *t) {
     fad_attn_problem *p = &call->problem;
-    const int packed = t[ARG_CU_SEQLENS_Q].numel > 0 || t[ARG_CU_SEQLENS_K].numel > 0;
+    const int64_t offsets_q = t[ARG_CU_SEQLENS_Q].numel, offsets_k = t[ARG_CU_SEQLENS_K].numel;
+    const int packed = offsets_q > 0 || offsets_k > 0;
     fad_view *const views[] = {&p->q, &p->k, &p->v};
     for (int i = ARG_Q; i <= ARG_V; i++) {
         REQUIRE(call, t[i].ndim == (packed ? 3 : 4), "%s has %lld dimensions, expected %s", names[i], LL(t[i].ndim),
                 packed ? "3: [rows, heads, head_dim]" : "4: [batch, rows, heads, head_dim]");
         const int64_t *sizes = t[i].sizes + !packed, *strides = t[i].strides + !packed; /* [s, h, :] */
-        REQUIRE(call, sizes[2] <= 1 || strides[2] == 1, "%s has stride %lld in its last dimension, expected 1", names[i],
-                LL(strides[2]));
+        REQUIRE(call, sizes[2] <= 1 || strides[2] == 1, "%s has stride %lld in its last dimension, expected 1",
+                names[i], LL(strides[2]));
         *views[i] = (fad_view){t[i].data, packed ? 0 : t[i].strides[0], strides[0], strides[1]};
     }
     const int64_t *q = t[ARG_Q].sizes, *k = t[ARG_K].sizes, *v = t[ARG_V].sizes;
-    p->B = packed ? t[ARG_CU_SEQLENS_Q].numel - 1 : q[0];
-    REQUIRE(call, packed || (k[0] == p->B && v[0] == p->B), "q has batch %lld, k has %lld, v has %lld: expected one batch size",
-            LL(p->B), LL(k[0]), LL(v[0]));
+    p->B = packed ? (offsets_q > 0 ? offsets_q : offsets_k) - 1 : q[0];
+    REQUIRE(call, packed || (k[0] == p->B && v[0] == p->B),
+            "q has batch %lld, k has %lld, v has %lld: expected one batch size", LL(p->B), LL(k[0]), LL(v[0]));
     q += !packed, k += !packed, v += !packed;
     REQUIRE(call, k[0] == v[0], "k has %lld rows, v has %lld", LL(k[0]), LL(v[0]));
     REQUIRE(call, k[1] == v[1], "k has %lld heads, v has %lld", LL(k[1]), LL(v[1]));
@@ -98,14 +99,16 @@ static fad_status set_views(fad_torch_call *call, const tensor *t) {
     return FAD_OK;
 }
 
-static fad_status set_int_array(fad_torch_call *call, const tensor *t, int argument, int64_t length, const int32_t **array) {
+static fad_status set_int_array(fad_torch_call *call, const tensor *t, int argument, int64_t length,
+                                const int32_t **array) {
     const tensor *a = &t[argument];
     if (a->numel == 0)
         return FAD_OK;
     REQUIRE(call, a->dtype == aoti_torch_dtype_int32(), "%s has the wrong dtype, expected int32", names[argument]);
-    REQUIRE(call, a->ndim == 1 && a->numel == length, "%s has %lld dimensions and %lld elements, expected 1 dimension with %lld",
-            names[argument], LL(a->ndim), LL(a->numel), LL(length));
-    REQUIRE(call, a->numel == 1 || a->strides[0] == 1, "%s has stride %lld, expected 1", names[argument], LL(a->strides[0]));
+    REQUIRE(call, a->ndim == 1, "%s has %lld dimensions, expected 1", names[argument], LL(a->ndim));
+    REQUIRE(call, a->numel == length, "%s has %lld elements, expected %lld", names[argument], LL(a->numel), LL(length));
+    REQUIRE(call, a->numel == 1 || a->strides[0] == 1, "%s has stride %lld, expected 1", names[argument],
+            LL(a->strides[0]));
     *array = a->data;
     return FAD_OK;
 }
@@ -116,12 +119,15 @@ static fad_status set_head_array(fad_torch_call *call, const tensor *t, int argu
     const fad_attn_problem *p = &call->problem;
     if (a->numel == 0)
         return FAD_OK;
-    REQUIRE(call, a->dtype == call->compute_dtype, "%s has the wrong dtype, expected float64 for float64 inputs and float32 otherwise",
-            names[argument]);
+    REQUIRE(call, a->dtype == call->compute_dtype,
+            "%s has the wrong dtype, expected float64 for float64 inputs and float32 otherwise", names[argument]);
     const int batched = argument == ARG_ALIBI_SLOPES && a->ndim == 2;
-    REQUIRE(call, (a->ndim == 1 || batched) && a->sizes[a->ndim - 1] == p->Hq && (!batched || a->sizes[0] == p->B),
-            "%s has %lld dimensions and %lld elements, expected one per query head (%lld)%s", names[argument], LL(a->ndim),
-            LL(a->numel), LL(p->Hq), argument == ARG_ALIBI_SLOPES ? " or per sequence and query head" : "");
+    REQUIRE(call, a->ndim == 1 || batched, "%s has %lld dimensions, expected 1%s", names[argument], LL(a->ndim),
+            argument == ARG_ALIBI_SLOPES ? " or 2" : "");
+    REQUIRE(call, a->sizes[a->ndim - 1] == p->Hq, "%s has %lld elements, expected one per query head (%lld)",
+            names[argument], LL(a->sizes[a->ndim - 1]), LL(p->Hq));
+    REQUIRE(call, !batched || a->sizes[0] == p->B, "%s has %lld rows, expected one per sequence (%lld)",
+            names[argument], LL(a->sizes[0]), LL(p->B));
     REQUIRE(call, p->Hq == 1 || a->strides[a->ndim - 1] == 1, "%s has stride %lld in its last dimension, expected 1",
             names[argument], LL(a->strides[a->ndim - 1]));
     *array = a->data;

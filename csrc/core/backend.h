@@ -1,0 +1,35 @@
+/* What a backend offers the core, and what the core lends to one that lives in a library of its own. C and C++. */
+#ifndef FAD_CORE_BACKEND_H
+#define FAD_CORE_BACKEND_H
+
+#include "sequence.h"
+
+/* Bytes of one element: of q, k, v and out; of scores, lse and partials. */
+static inline size_t fad_dtype_bytes(fad_dtype dtype) {
+    return dtype == FAD_FLOAT64 ? 8 : dtype == FAD_FLOAT32 ? 4 : 2;
+}
+static inline size_t fad_compute_bytes(fad_dtype dtype) { return dtype == FAD_FLOAT64 ? 8 : 4; }
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The arguments have been checked; of CUDA's, what the host cannot read has not. */
+typedef struct fad_backend {
+    fad_status (*workspace)(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes);
+    fad_status (*forward)(const fad_attn_problem *problem, const fad_runtime *runtime);
+    fad_status (*partials)(const fad_attn_problem *problem, const fad_partials *partials, const fad_runtime *runtime);
+} fad_backend;
+
+typedef struct fad_core_services {
+    fad_status (*fail)(fad_status status, const char *format, ...); /* records this thread's error text */
+    const fad_schedule *(*forced_schedule)(void);
+} fad_core_services;
+
+/* The only symbol of libflash_attn_det_cuda. */
+FAD_API const fad_backend *fad_cuda_backend(const fad_core_services *services);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

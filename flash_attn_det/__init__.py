@@ -1,0 +1,31 @@
+"""Deterministic, batch-invariant attention. Scheduling is free, arithmetic is fixed."""
+
+from ._version import __version__
+from .attention import attn, attn_partials, attn_varlen
+from .compat import flash_attn_func, flash_attn_varlen_func
+from .determinism import (
+    contract,
+    get_deterministic_mode,
+    get_split_size,
+    set_deterministic_mode,
+    set_split_size,
+    split_size,
+)
+from .merge import Partials, merge_partials
+
+__all__ = [
+    "Partials",
+    "__version__",
+    "attn",
+    "attn_partials",
+    "attn_varlen",
+    "contract",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "get_deterministic_mode",
+    "get_split_size",
+    "merge_partials",
+    "set_deterministic_mode",
+    "set_split_size",
+    "split_size",
+]

@@ -1,0 +1,96 @@
+"""torch.ops.flash_attn_det: schemas, fake tensors, autograd, and the way from a C status to a Python exception.
+
+The kernels are C (csrc/torch/). An absent optional tensor is an empty one of one dimension: the ABI that reaches back
+to torch 2.10 cannot pass None. Users call attention.py; the ops are what graphs contain.
+"""
+
+import re
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from . import _library
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor seqused_q, Tensor seqused_k, "
+    "Tensor leftpad_k, Tensor k_pos, Tensor alibi_slopes, Tensor sinks, float scale, bool causal, int window_left, "
+    "int window_right, float softcap, int split_size, int arithmetic"
+)
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+# Kept for the life of the process: torch forgets what was defined through a Library that is collected.
+_library_handle = torch.library.Library("flash_attn_det", "DEF")
+_library_handle.define(f"fwd({_ARGUMENTS}) -> (Tensor out, Tensor lse)", tags=_TAGS)
+_library_handle.define(f"fwd_partials({_ARGUMENTS}) -> (Tensor o, Tensor m, Tensor l)", tags=_TAGS)
+_library.register_kernels()
+
+DEVICES = ("cpu", "meta")  # of this build; meta only infers shapes
+_ERROR = re.compile(r"flash_attn_det\[(\d)\]: ([^\n]*)")
+_EXCEPTIONS = {"1": ValueError, "2": NotImplementedError, "3": RuntimeError}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of scores, lse, partial states, slopes and sinks: float64 for float64 inputs, float32 otherwise."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("flash_attn_det::fwd", lib=_library_handle)
+def _fwd_fake(q, k, v, cu_seqlens_q, *_):
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    if cu_seqlens_q.numel() > 0:
+        rows, heads, _ = q.shape
+        lse = q.new_empty((heads, rows), dtype=compute_dtype(q.dtype))
+    else:
+        batch, rows, heads, _ = q.shape
+        lse = q.new_empty((batch, heads, rows), dtype=compute_dtype(q.dtype))
+    return out, lse
+
+
+@torch.library.register_fake("flash_attn_det::fwd_partials", lib=_library_handle)
+def _fwd_partials_fake(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, k_pos, alibi_slopes, sinks,
+    scale, causal, window_left, window_right, softcap, split_size, arithmetic,
+):  # fmt: skip
+    batch, rows, heads, _ = q.shape
+    count = (k.shape[1] + split_size - 1) // split_size + (1 if sinks.numel() > 0 else 0)
+    dtype = compute_dtype(q.dtype)
+    o = q.new_empty((count, batch, rows, heads, v.shape[-1]), dtype=dtype)
+    m, l = (q.new_empty((count, batch, heads, rows), dtype=dtype) for _ in range(2))
+    return o, m, l
+
+
+NO_BACKWARD = (
+    "flash_attn_det has no backward yet, but {} requires grad: call it under torch.no_grad() or "
+    "torch.inference_mode(), or pass .detach()ed tensors"
+)
+
+
+def _backward(ctx, *_) -> NoReturn:
+    raise NotImplementedError(NO_BACKWARD.format("an input"))
+
+
+torch.library.register_autograd("flash_attn_det::fwd", _backward, lib=_library_handle)
+torch.library.register_autograd("flash_attn_det::fwd_partials", _backward, lib=_library_handle)
+
+
+def call(op, *arguments) -> tuple[Tensor, ...]:
+    """Run one of the ops; a failure of the C library becomes ValueError, NotImplementedError or RuntimeError.
+
+    Inside a graph that torch.compile made, the op is called by the graph and not from here, so there the same message
+    arrives as a RuntimeError.
+    """
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        match = _ERROR.search(str(error))
+        if match is None:
+            raise
+        status, detail = match.groups()
+        raise _EXCEPTIONS[status](detail) from None
+
+
+fwd = torch.ops.flash_attn_det.fwd.default
+fwd_partials = torch.ops.flash_attn_det.fwd_partials.default
