@@ -56,7 +56,8 @@ typedef struct fad_view {
  * get out = 0 and lse = -inf. */
 typedef struct fad_attn_problem {
     fad_device device;
-    fad_dtype dtype; /* of q, k, v and out. Scores, lse and partials: fp64 for FAD_FLOAT64, fp32 otherwise ("compute type") */
+    fad_dtype
+        dtype; /* of q, k, v and out. Scores, lse and partials: fp64 for FAD_FLOAT64, fp32 otherwise ("compute type") */
     fad_arithmetic arithmetic;
 
     int64_t B, Sq, Sk, Hq, Hk, D, Dv; /* D, Dv in 1..256; Hq a positive multiple of Hk; any other may be 0 */
@@ -69,13 +70,13 @@ typedef struct fad_attn_problem {
                                                    seqused_k counts from there: n_k = seqused_k, or Sk - leftpad_k */
     const int32_t *k_pos;                       /* [B] position of the first key in its sequence, >= 0; null: 0 */
 
-    double scale;                       /* finite; multiplies q.k */
-    int32_t causal;                     /* 0 or 1: row i sees positions <= its own */
-    int64_t window_left, window_right;  /* row i sees positions in [pos - left, pos + right]; -1: unbounded */
-    double softcap;                     /* > 0: scores become softcap * tanh(score / softcap); 0: off */
-    const void *alibi_slopes;           /* compute type; adds -slope * |pos_q - pos_k| to the score; null: off */
-    int64_t alibi_stride_b;             /* slopes are [B, Hq] with this batch stride; 0 shares [Hq] */
-    const void *sinks;                  /* [Hq] compute type: one more logit per head, with no value; null: off */
+    double scale;                      /* finite; multiplies q.k */
+    int32_t causal;                    /* 0 or 1: row i sees positions <= its own */
+    int64_t window_left, window_right; /* row i sees positions in [pos - left, pos + right]; -1: unbounded */
+    double softcap;                    /* > 0: scores become softcap * tanh(score / softcap); 0: off */
+    const void *alibi_slopes;          /* compute type; adds -slope * |pos_q - pos_k| to the score; null: off */
+    int64_t alibi_stride_b;            /* slopes are [B, Hq] with this batch stride; 0 shares [Hq] */
+    const void *sinks;                 /* [Hq] compute type: one more logit per head, with no value; null: off */
 
     int64_t split_size; /* keys per split, a positive multiple of FAD_BLOCK_KV; changes bits (clause N3) */
 } fad_attn_problem;
@@ -108,7 +109,8 @@ FAD_API fad_status fad_attn_forward(const fad_attn_problem *problem, const fad_r
 /* The split-KV form that a user can see. Dense problems with k_pos == null only. out and lse are ignored.
  * count = ceil(Sk / split_size), and one more with sinks; needs the same workspace as a forward. */
 FAD_API fad_status fad_attn_partials_count(const fad_attn_problem *problem, int64_t *count);
-FAD_API fad_status fad_attn_partials(const fad_attn_problem *problem, const fad_partials *partials, const fad_runtime *runtime);
+FAD_API fad_status fad_attn_partials(const fad_attn_problem *problem, const fad_partials *partials,
+                                     const fad_runtime *runtime);
 
 /* Detail of this thread's last status that was not FAD_OK; never null, valid until the thread's next call. */
 FAD_API const char *fad_last_error(void);

@@ -1,5 +1,6 @@
 """Deterministic, batch-invariant attention. Scheduling is free, arithmetic is fixed."""
 
+from . import integrations
 from ._version import __version__
 from .attention import attn, attn_partials, attn_varlen
 from .compat import flash_attn_func, flash_attn_varlen_func
@@ -29,3 +30,5 @@ __all__ = [
     "set_split_size",
     "split_size",
 ]
+
+integrations.install()

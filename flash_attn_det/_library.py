@@ -37,6 +37,7 @@ _last_error = _prototype(_core.fad_last_error, ctypes.c_char_p)
 _constant = _prototype(_core.fad_constant, ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64))
 _constant_name = _prototype(_core.fad_constant_name, ctypes.c_char_p, ctypes.c_int32)
 _cpu_isa = _prototype(_core.fad_cpu_isa, ctypes.c_char_p, ctypes.c_int32)
+_fma_flops = _prototype(_core.fad_cpu_fma_flops, ctypes.c_int, ctypes.c_int64, ctypes.POINTER(ctypes.c_double))
 _force_schedule = _prototype(_core.fad_force_schedule, ctypes.c_int, ctypes.POINTER(Schedule))
 
 
@@ -65,6 +66,13 @@ def read_constants() -> dict[str, int]:
 def cpu_isas() -> list[str]:
     """Instruction sets that are compiled in and run on this CPU, best first."""
     return _names(_cpu_isa)
+
+
+def fma_flops(iterations: int) -> float:
+    """Run independent fp32 fmas on this thread, without the GIL; returns how many operations they were."""
+    flops = ctypes.c_double()
+    _check(_fma_flops(iterations, ctypes.byref(flops)))
+    return flops.value
 
 
 def force_schedule(schedule: Schedule | None) -> None:

@@ -22,12 +22,13 @@ fad_status fad_attn_workspace(const fad_attn_problem *problem, int32_t num_threa
     if (status != FAD_OK)
         return status;
     if (num_threads < 1 || !bytes)
-        return fad_fail(FAD_INVALID_ARGUMENT, "num_threads is %d and bytes is %p, expected at least 1 and an address", num_threads,
-                        (void *)bytes);
+        return fad_fail(FAD_INVALID_ARGUMENT, "num_threads is %d and bytes is %p, expected at least 1 and an address",
+                        num_threads, (void *)bytes);
     return backend->workspace(problem, num_threads, bytes);
 }
 
-static fad_status check_workspace(const fad_backend *backend, const fad_attn_problem *problem, const fad_runtime *runtime) {
+static fad_status check_workspace(const fad_backend *backend, const fad_attn_problem *problem,
+                                  const fad_runtime *runtime) {
     size_t bytes = 0;
     if (!runtime || runtime->num_threads < 1)
         return fad_fail(FAD_INVALID_ARGUMENT, "runtime is null or has no threads, expected num_threads of at least 1");
@@ -56,7 +57,8 @@ fad_status fad_attn_partials_count(const fad_attn_problem *problem, int64_t *cou
     return status;
 }
 
-fad_status fad_attn_partials(const fad_attn_problem *problem, const fad_partials *partials, const fad_runtime *runtime) {
+fad_status fad_attn_partials(const fad_attn_problem *problem, const fad_partials *partials,
+                             const fad_runtime *runtime) {
     static const fad_partials nowhere;
     const fad_backend *backend;
     fad_status status = select_backend(problem, &backend);

@@ -30,7 +30,8 @@ static fad_status check_shape(const fad_attn_problem *p) {
     REQUIRE(p->Dv >= 1 && p->Dv <= FAD_MAX_HEAD_DIM, "head dim of v is %lld, expected 1 to %d", LL(p->Dv),
             FAD_MAX_HEAD_DIM);
     REQUIRE(p->Sq <= max_extent && p->Sk <= max_extent && p->B <= INT32_MAX && p->Hq <= INT32_MAX,
-            "batch %lld, query rows %lld, key rows %lld, heads %lld: too large", LL(p->B), LL(p->Sq), LL(p->Sk), LL(p->Hq));
+            "batch %lld, query rows %lld, key rows %lld, heads %lld: too large", LL(p->B), LL(p->Sq), LL(p->Sk),
+            LL(p->Hq));
     return FAD_OK;
 }
 
@@ -42,27 +43,31 @@ static fad_status check_data(const fad_attn_problem *p) {
 }
 
 static fad_status check_options(const fad_attn_problem *p) {
-    const double largest = p->dtype == FAD_FLOAT64 ? DBL_MAX / 2 : FLT_MAX / 2; /* factors must be finite where they are used */
+    const double largest =
+        p->dtype == FAD_FLOAT64 ? DBL_MAX / 2 : FLT_MAX / 2; /* factors must be finite where they are used */
     REQUIRE(fabs(p->scale) <= largest, "scale is %g, expected a finite number in the compute type", p->scale);
-    REQUIRE(p->softcap >= 0 && p->softcap <= largest && (p->softcap == 0 || fabs(p->scale) / p->softcap <= largest),
-            "softcap is %g, expected 0 (off) or a positive number so that scale / softcap is finite in the compute type", p->softcap);
+    REQUIRE(
+        p->softcap >= 0 && p->softcap <= largest && (p->softcap == 0 || fabs(p->scale) / p->softcap <= largest),
+        "softcap is %g, expected 0 (off) or a positive number so that scale / softcap is finite in the compute type",
+        p->softcap);
     REQUIRE(p->causal == 0 || p->causal == 1, "causal is %d, expected 0 or 1", p->causal);
-    REQUIRE(p->window_left >= -1 && p->window_left <= max_extent, "left window is %lld, expected -1 (unbounded) or 0 to 2^40",
-            LL(p->window_left));
+    REQUIRE(p->window_left >= -1 && p->window_left <= max_extent,
+            "left window is %lld, expected -1 (unbounded) or 0 to 2^40", LL(p->window_left));
     REQUIRE(p->window_right >= -1 && p->window_right <= max_extent,
             "right window is %lld, expected -1 (unbounded) or 0 to 2^40", LL(p->window_right));
     REQUIRE(p->split_size > 0 && p->split_size % FAD_BLOCK_KV == 0 && p->split_size <= max_extent,
             "split_size is %lld, expected a positive multiple of %d", LL(p->split_size), FAD_BLOCK_KV);
     REQUIRE(!p->alibi_slopes || (p->Sk < FAD_MAX_ALIBI_KEYS && p->Sq < FAD_MAX_ALIBI_KEYS),
-            "ALiBi with %lld keys and %lld query rows: expected fewer than %d of each", LL(p->Sk), LL(p->Sq), FAD_MAX_ALIBI_KEYS);
+            "ALiBi with %lld keys and %lld query rows: expected fewer than %d of each", LL(p->Sk), LL(p->Sq),
+            FAD_MAX_ALIBI_KEYS);
     return FAD_OK;
 }
 
 static fad_status check_cu_seqlens(const char *name, const int32_t *cu, int64_t B, int64_t rows) {
     REQUIRE(cu[0] == 0, "%s[0] is %d, expected 0", name, cu[0]);
     for (int64_t b = 0; b < B; b++)
-        REQUIRE(cu[b] <= cu[b + 1], "%s falls from %d to %d at index %lld, expected an ascending list", name, cu[b], cu[b + 1],
-                LL(b + 1));
+        REQUIRE(cu[b] <= cu[b + 1], "%s falls from %d to %d at index %lld, expected an ascending list", name, cu[b],
+                cu[b + 1], LL(b + 1));
     REQUIRE(cu[B] <= rows, "%s ends at %d, past the %lld rows of the tensor", name, cu[B], LL(rows));
     return FAD_OK;
 }
@@ -73,15 +78,18 @@ static fad_status check_lengths(const fad_attn_problem *p) {
         const int64_t q_rows = p->cu_seqlens_q ? p->cu_seqlens_q[b + 1] - p->cu_seqlens_q[b] : p->Sq;
         const int64_t k_rows = p->cu_seqlens_k ? p->cu_seqlens_k[b + 1] - p->cu_seqlens_k[b] : p->Sk;
         const int64_t pad = p->leftpad_k ? p->leftpad_k[b] : 0;
-        REQUIRE(pad >= 0 && pad <= k_rows, "leftpad_k[%lld] is %lld, expected 0 to the %lld key rows", LL(b), LL(pad), LL(k_rows));
+        REQUIRE(pad >= 0 && pad <= k_rows, "leftpad_k[%lld] is %lld, expected 0 to the %lld key rows", LL(b), LL(pad),
+                LL(k_rows));
         REQUIRE(!p->seqused_q || (p->seqused_q[b] >= 0 && p->seqused_q[b] <= q_rows),
-                "seqused_q[%lld] is %d, expected 0 to the sequence's %lld query rows", LL(b), p->seqused_q[b], LL(q_rows));
+                "seqused_q[%lld] is %d, expected 0 to the sequence's %lld query rows", LL(b), p->seqused_q[b],
+                LL(q_rows));
         REQUIRE(!p->seqused_k || (p->seqused_k[b] >= 0 && p->seqused_k[b] <= k_rows - pad),
-                "seqused_k[%lld] is %d, expected 0 to the sequence's %lld keys", LL(b), p->seqused_k[b], LL(k_rows - pad));
+                "seqused_k[%lld] is %d, expected 0 to the sequence's %lld keys", LL(b), p->seqused_k[b],
+                LL(k_rows - pad));
         REQUIRE(!p->k_pos || p->k_pos[b] >= 0, "k_pos[%lld] is %d, expected 0 or more", LL(b), p->k_pos[b]);
         REQUIRE(!p->k_pos || !p->alibi_slopes || p->k_pos[b] + k_rows < FAD_MAX_ALIBI_KEYS,
-                "k_pos[%lld] is %d: ALiBi reaches position %lld, expected below %d", LL(b), p->k_pos[b], LL(p->k_pos[b] + k_rows),
-                FAD_MAX_ALIBI_KEYS);
+                "k_pos[%lld] is %d: ALiBi reaches position %lld, expected below %d", LL(b), p->k_pos[b],
+                LL(p->k_pos[b] + k_rows), FAD_MAX_ALIBI_KEYS);
     }
     return FAD_OK;
 }
@@ -95,7 +103,8 @@ fad_status fad_check_problem(const fad_attn_problem *p) {
     if (p->device == FAD_CPU && p->arithmetic == FAD_ARITHMETIC_MMA)
         return fad_fail(FAD_UNSUPPORTED, "arithmetic 'mma' needs tensor cores; on the CPU use 'fma' or 'auto'");
     TRY(check_shape(p));
-    REQUIRE(!p->cu_seqlens_q == !p->cu_seqlens_k, "only one of cu_seqlens_q and cu_seqlens_k is given, expected both or none");
+    REQUIRE(!p->cu_seqlens_q == !p->cu_seqlens_k,
+            "only one of cu_seqlens_q and cu_seqlens_k is given, expected both or none");
     REQUIRE(!p->cu_seqlens_q || !p->leftpad_k, "leftpad_k is given for packed sequences, which have no padding");
     TRY(check_data(p));
     TRY(check_options(p));
@@ -113,8 +122,9 @@ fad_status fad_check_out(const fad_attn_problem *p) {
 }
 
 fad_status fad_check_workspace(const fad_runtime *r, size_t workspace_bytes) {
-    REQUIRE(r->workspace_bytes >= workspace_bytes, "the workspace has %zu bytes, expected at least the %zu of fad_attn_workspace",
-            r->workspace_bytes, workspace_bytes);
+    REQUIRE(r->workspace_bytes >= workspace_bytes,
+            "the workspace has %zu bytes, expected at least the %zu of fad_attn_workspace", r->workspace_bytes,
+            workspace_bytes);
     REQUIRE(!workspace_bytes || (r->workspace && (uintptr_t)r->workspace % 64 == 0),
             "the workspace is at %p, expected a 64-byte aligned address", r->workspace);
     return FAD_OK;
@@ -126,7 +136,8 @@ fad_status fad_check_partials(const fad_attn_problem *p, const fad_partials *par
     if (!partials)
         return FAD_OK;
     const int64_t count = fad_split_capacity(p) + (p->sinks != NULL);
-    REQUIRE(partials->n_splits == count, "partials has room for %lld states, expected %lld", LL(partials->n_splits), LL(count));
+    REQUIRE(partials->n_splits == count, "partials has room for %lld states, expected %lld", LL(partials->n_splits),
+            LL(count));
     REQUIRE(count * p->B * p->Sq == 0 || (partials->o && partials->m && partials->l), "partials has a null pointer");
     return FAD_OK;
 }

@@ -13,7 +13,8 @@ static fad_status library_path(char *path, size_t size) {
     Dl_info info;
     const void *here = &library_name;
     if (!dladdr(here, &info) || !info.dli_fname)
-        return fad_fail(FAD_UNSUPPORTED, "cannot tell where this library was loaded from, to find %s beside it", library_name);
+        return fad_fail(FAD_UNSUPPORTED, "cannot tell where this library was loaded from, to find %s beside it",
+                        library_name);
     const char *slash = strrchr(info.dli_fname, '/');
     const int directory = slash ? (int)(slash - info.dli_fname) + 1 : 0;
     if (snprintf(path, size, "%.*s%s", directory, info.dli_fname, library_name) >= (int)size)
@@ -32,10 +33,13 @@ fad_status fad_load_cuda(const fad_backend **backend) {
         return status;
     void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (!library)
-        return fad_fail(FAD_UNSUPPORTED, "the tensors are on a CUDA device, but this build has no CUDA kernels (%s); install again "
-                        "with nvcc on the PATH, FLASH_ATTN_DET_CUDA=1 makes that an error", dlerror());
+        return fad_fail(FAD_UNSUPPORTED,
+                        "the tensors are on a CUDA device, but this build has no CUDA kernels (%s); install again "
+                        "with nvcc on the PATH, FLASH_ATTN_DET_CUDA=1 makes that an error",
+                        dlerror());
     const fad_backend *(*entry)(const fad_core_services *);
-    *(void **)&entry = dlsym(library, "fad_cuda_backend"); /* POSIX's way around function pointers that are not objects */
+    *(void **)&entry =
+        dlsym(library, "fad_cuda_backend"); /* POSIX's way around function pointers that are not objects */
     if (!entry)
         return fad_fail(FAD_UNSUPPORTED, "%s is not from this build: %s", path, dlerror());
     *backend = entry(&services);

@@ -12,8 +12,9 @@ typedef struct plan {
     const fad_cpu_kernel *kernel;
     int64_t tile_rows, n_tiles, n_splits; /* n_splits: of the longest sequence */
     int split_parallel;
-    fad_layout layout; /* forced, or 0: chosen for each tile. Kept here, because what is forced is known to the caller's thread only */
-    size_t scratch_bytes, state_bytes;                  /* of one thread; of one tile */
+    fad_layout
+        layout; /* forced, or 0: chosen for each tile. Kept here, because what is forced is known to the caller's thread only */
+    size_t scratch_bytes, state_bytes;                   /* of one thread; of one tile */
     size_t offsets_bytes, threads_bytes, partials_bytes; /* the three parts of the workspace */
 } plan;
 
@@ -44,7 +45,9 @@ static int64_t longest_q(const fad_attn_problem *p) {
 }
 
 /* Splits from the first to the last position of the keys: those that sequence s can touch. */
-static int64_t first_split(const fad_attn_problem *p, const fad_span *s) { return fad_partition_first(s->k_pos, p->split_size); }
+static int64_t first_split(const fad_attn_problem *p, const fad_span *s) {
+    return fad_partition_first(s->k_pos, p->split_size);
+}
 static int64_t end_split(const fad_attn_problem *p, const fad_span *s) {
     return s->n_k ? fad_partition_end(s->k_pos + s->n_k, p->split_size) : first_split(p, s);
 }
@@ -82,7 +85,8 @@ static fad_status make_plan(const fad_attn_problem *p, int32_t num_threads, int 
     n.n_tiles = count_tiles(p, n.tile_rows);
     n.n_splits = most_splits(p);
     n.layout = (fad_layout)fad_forced_schedule()->layout;
-    n.split_parallel = !partials && n.n_splits > 1 && (forced ? forced == 2 : n.n_tiles < 4 * (int64_t)num_threads && num_threads > 1);
+    n.split_parallel =
+        !partials && n.n_splits > 1 && (forced ? forced == 2 : n.n_tiles < 4 * (int64_t)num_threads && num_threads > 1);
     n.scratch_bytes = round_up(n.kernel->scratch_bytes(p, n.tile_rows));
     n.state_bytes = round_up(n.kernel->state_bytes(p, n.tile_rows));
     n.offsets_bytes = round_up((size_t)(fad_sequence_count(p) + 1) * sizeof(int64_t));
@@ -117,7 +121,8 @@ static fad_cpu_tile get_tile(const call *c, int64_t number) {
     const int64_t per_head = (c->first_tile[lo + 1] - c->first_tile[lo]) / p->Hk, local = number - c->first_tile[lo];
     const int64_t rows = t.seq.q_rows * group(p), active = t.seq.span.n_q * group(p);
     t.head_k = local / per_head;
-    t.row0 = (per_head - 1 - local % per_head) * c->plan.tile_rows; /* last rows first: under a causal mask they are the longest */
+    t.row0 = (per_head - 1 - local % per_head) *
+             c->plan.tile_rows; /* last rows first: under a causal mask they are the longest */
     t.n_rows = rows - t.row0 < c->plan.tile_rows ? rows - t.row0 : c->plan.tile_rows;
     t.n_active = active <= t.row0 ? 0 : active - t.row0 < t.n_rows ? active - t.row0 : t.n_rows;
     t.layout = c->plan.layout ? c->plan.layout : t.n_rows <= KEYS_LAYOUT_MAX_ROWS ? FAD_LAYOUT_KEYS : FAD_LAYOUT_ROWS;
@@ -130,7 +135,8 @@ static fad_interval visible_splits(const fad_cpu_tile *t) {
     fad_interval splits = {0, 0};
     if (!t->n_active)
         return splits;
-    const fad_interval a = fad_visible(&t->seq.span, t->row0 / g), z = fad_visible(&t->seq.span, (t->row0 + t->n_active - 1) / g);
+    const fad_interval a = fad_visible(&t->seq.span, t->row0 / g),
+                       z = fad_visible(&t->seq.span, (t->row0 + t->n_active - 1) / g);
     if (a.lo < z.hi) {
         splits.lo = fad_partition_first(a.lo, size);
         splits.hi = fad_partition_end(z.hi, size);
@@ -281,7 +287,8 @@ static void store_sinks(const fad_attn_problem *p, const fad_partials *partials)
     }
 }
 
-static fad_status cpu_partials(const fad_attn_problem *problem, const fad_partials *partials, const fad_runtime *runtime) {
+static fad_status cpu_partials(const fad_attn_problem *problem, const fad_partials *partials,
+                               const fad_runtime *runtime) {
     call c = {.problem = problem, .partials = partials};
     const fad_status status = make_plan(problem, runtime->num_threads, 1, &c.plan);
     if (status != FAD_OK)

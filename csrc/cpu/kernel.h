@@ -29,7 +29,8 @@ typedef struct fad_cpu_kernel {
     size_t (*state_bytes)(const fad_attn_problem *problem, int64_t tile_rows);
     void (*load)(const fad_cpu_tile *tile, void *scratch);
     void (*clear)(const fad_cpu_tile *tile, void *state);
-    void (*run_split)(const fad_cpu_tile *tile, void *scratch, int64_t split, void *state); /* state: any -> the split's */
+    void (*run_split)(const fad_cpu_tile *tile, void *scratch, int64_t split,
+                      void *state); /* state: any -> the split's */
     void (*fold)(const fad_cpu_tile *tile, void *state, const void *part);
     void (*finish)(const fad_cpu_tile *tile, void *state); /* adds the sink; writes out and lse */
     void (*store)(const fad_cpu_tile *tile, const void *state, const fad_partials *partials, int64_t index);

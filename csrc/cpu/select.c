@@ -11,8 +11,7 @@ static const struct {
     int (*runs)(void);
 } kernels[] = {
 #define ROW(name, condition) {&fad_cpu_kernel_##name, runs_##name},
-    FAD_CPU_ISAS(ROW)
-};
+    FAD_CPU_ISAS(ROW)};
 enum { N_KERNELS = sizeof kernels / sizeof kernels[0] };
 
 static const fad_cpu_kernel *runnable(int32_t index) {
@@ -36,8 +35,9 @@ fad_status fad_cpu_select(fad_dtype dtype, const fad_cpu_kernel **kernel) {
     for (int32_t i = 0; (*kernel = runnable(i)); i++)
         if (!strcmp((*kernel)->isa, wanted))
             return FAD_OK;
-    return fad_fail(FAD_INVALID_ARGUMENT, "instruction set '%s' (from %s) is unknown or not available here, the best one is '%s'",
-                    wanted, forced ? "the forced schedule" : "FLASH_ATTN_DET_ISA", runnable(0)->isa);
+    return fad_fail(FAD_INVALID_ARGUMENT,
+                    "instruction set '%s' (from %s) is unknown or not available here, the best one is '%s'", wanted,
+                    forced ? "the forced schedule" : "FLASH_ATTN_DET_ISA", runnable(0)->isa);
 }
 
 fad_status fad_cpu_fma_flops(int64_t iterations, double *flops) {

@@ -18,9 +18,7 @@ static inline vreal v_set(real x) { return _mm512_set1_ps(x); }
 static inline vreal v_load(const real *p) { return _mm512_loadu_ps(p); }
 static inline void v_store(real *p, vreal x) { _mm512_storeu_ps(p, x); }
 /* Lane numbers 0, 1, 2, ... */
-static inline vreal v_iota(void) {
-    return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
+static inline vreal v_iota(void) { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 static inline vreal v_add(vreal a, vreal b) { return _mm512_add_ps(a, b); }
 static inline vreal v_sub(vreal a, vreal b) { return _mm512_sub_ps(a, b); }
 static inline vreal v_mul(vreal a, vreal b) { return _mm512_mul_ps(a, b); }

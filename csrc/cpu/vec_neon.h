@@ -23,7 +23,9 @@ static inline vreal v_sub(vreal a, vreal b) { return vsubq_f32(a, b); }
 static inline vreal v_mul(vreal a, vreal b) { return vmulq_f32(a, b); }
 static inline vreal v_div(vreal a, vreal b) { return vdivq_f32(a, b); }
 static inline vreal v_fma(vreal a, vreal b, vreal c) { return vfmaq_f32(c, a, b); }
-static inline vreal v_max(vreal candidate, vreal running) { return vbslq_f32(vcgtq_f32(candidate, running), candidate, running); }
+static inline vreal v_max(vreal candidate, vreal running) {
+    return vbslq_f32(vcgtq_f32(candidate, running), candidate, running);
+}
 static inline vreal v_abs(vreal x) { return vabsq_f32(x); }
 static inline vreal v_copysign(vreal x, vreal sign) { return vbslq_f32(vdupq_n_u32(0x80000000u), sign, x); }
 static inline vreal v_rint(vreal x) { return vrndnq_f32(x); }
@@ -37,7 +39,9 @@ static inline vreal v_canonical(vreal x) {
 static inline int v_any_lt(vreal a, vreal b) { return vmaxvq_u32(vcltq_f32(a, b)) != 0; }
 static inline int v_any_nan(vreal x) { return vminvq_u32(vceqq_f32(x, x)) == 0; }
 static inline real v_max_lanes(vreal x) { return vmaxvq_f32(x); }
-static inline vreal v_load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(p)), 16)); }
+static inline vreal v_load_bf16(const uint16_t *p) {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(p)), 16));
+}
 static inline vreal v_load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 
 static inline void v_transpose(vreal *rows) {

@@ -31,10 +31,26 @@
 #define FAD_LOG2E 0x1.71547652b82fep+0
 #define FAD_LN2 0x1.62e42fefa39efp-1
 
-FAD_FN uint32_t fad_f32_bits(float x) { uint32_t u; memcpy(&u, &x, sizeof u); return u; }
-FAD_FN float fad_f32_from_bits(uint32_t u) { float x; memcpy(&x, &u, sizeof x); return x; }
-FAD_FN uint64_t fad_f64_bits(double x) { uint64_t u; memcpy(&u, &x, sizeof u); return u; }
-FAD_FN double fad_f64_from_bits(uint64_t u) { double x; memcpy(&x, &u, sizeof x); return x; }
+FAD_FN uint32_t fad_f32_bits(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+FAD_FN float fad_f32_from_bits(uint32_t u) {
+    float x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+FAD_FN uint64_t fad_f64_bits(double x) {
+    uint64_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+FAD_FN double fad_f64_from_bits(uint64_t u) {
+    double x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
 
 #ifdef __CUDA_ARCH__ /* the intrinsics are never contracted, whatever the compiler's flags */
 FAD_FN float fad_f32_add(float a, float b) { return __fadd_rn(a, b); }

@@ -1,0 +1,80 @@
+"""The ``flash-attn-det`` command line: verify what holds on this machine, time it, or print the configuration."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+RICH_MISSING = (
+    "flash-attn-det {command} prints its tables with the package 'rich', which is not installed: "
+    "pip install 'flash-attn-det[cli]'"
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line; each sub-command stores its name in ``command``."""
+    parser = argparse.ArgumentParser(prog="flash-attn-det", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    verify = commands.add_parser(
+        "verify", help="compare bits, accuracy, time and memory on this machine; exit code 1 when anything fails"
+    )
+    verify.add_argument(
+        "--markdown",
+        nargs="?",
+        const=Path("VERIFIED_RESULTS.md"),
+        type=Path,
+        metavar="FILE",
+        help="also write the results as markdown (default file: VERIFIED_RESULTS.md)",
+    )
+
+    bench = commands.add_parser("bench", help="time and memory beside torch's scaled_dot_product_attention")
+    size = bench.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a few small cases, in about a minute")
+    size.add_argument("--full", action="store_true", help="also the cases of more than 0.6 TFLOP, which take an hour")
+    bench.add_argument("--only", choices=("prefill", "decode"), help="one of the two groups")
+    bench.add_argument("--dtype", choices=("float32", "bfloat16"), help="one of the two dtypes")
+    bench.add_argument(
+        "--threads",
+        type=_positive,
+        nargs="+",
+        default=[1, 2],
+        metavar="N",
+        help="thread counts to run with (default: 1 2)",
+    )
+    bench.add_argument("--csv", type=Path, metavar="FILE", help="also write every figure as CSV")
+    bench.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="also draw the ratios; needs matplotlib: pip install 'flash-attn-det[bench]'",
+    )
+
+    commands.add_parser("info", help="versions, constants, instruction sets and settings")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 fine, 1 a check failed, 2 the command cannot run as asked."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        command = importlib.import_module(f"flash_attn_det.commands.{arguments.command}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "rich":
+            raise
+        print(RICH_MISSING.format(command=arguments.command), file=sys.stderr)
+        return 2
+    return command.run(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""The commands behind ``flash-attn-det``: verify, bench and info. Nothing in the library imports them."""

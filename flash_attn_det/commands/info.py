@@ -1,0 +1,14 @@
+"""``flash-attn-det info``: versions, constants, instruction sets and settings, as plain text."""
+
+from __future__ import annotations
+
+import argparse
+
+from flash_attn_det.commands import machine
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command. Prints one fact per line and returns 0."""
+    for name, value in machine.facts().items():
+        print(f"{name}: {value}")
+    return 0

@@ -1,0 +1,89 @@
+"""The README is true: its Python runs as written, its commands exist, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flash_attn_det.cli import build_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text()
+# Written by `make results`; a clone may be older than its first run.
+GENERATED = {ROOT / "VERIFIED_RESULTS.md"}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Words of each line of the bash blocks, without comments."""
+    lines = [line.split("#")[0].split() for block in blocks("bash") for line in block.splitlines()]
+    return [words for words in lines if words]
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_runs_as_written(code: str, tmp_path: Path):
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_there_is_something_to_run():
+    assert len(blocks("python")) >= 3
+    assert ["make", "verify"] in commands()
+    assert ["make", "test"] in commands()
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_commands_exist(words: list[str]):
+    program, *arguments = words
+    if program == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(arguments) <= set(targets)
+    elif program == "flash-attn-det":
+        build_parser().parse_args(arguments)
+    else:
+        assert words[:2] == ["pip", "install"]
+
+
+def test_extras_exist():
+    """Those that the pages and the messages of the package tell people to install."""
+    (table,) = re.findall(
+        r"^\[project\.optional-dependencies\]\n(.*?)^\[", (ROOT / "pyproject.toml").read_text(), re.M | re.S
+    )
+    extras = set(re.findall(r"^([\w-]+) = ", table, re.MULTILINE))
+    texts = [
+        path.read_text() for path in (*PAGES, *(ROOT / "flash_attn_det").rglob("*.py"), *ROOT.glob("examples/*.py"))
+    ]
+    named = {name for text in texts for name in re.findall(r"'(?:\.|flash-attn-det)\[(\w+)\]'", text)}
+    assert {"cli", "bench"} <= named
+    assert named <= extras
+
+
+def test_make_targets_in_the_text_exist():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`make ([a-z]+)`", README)) <= set(targets)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        path = (page.parent / target).resolve()
+        assert path.exists() or path in GENERATED, target
+
+
+def test_files_in_the_map_exist():
+    rows = README.split("## To change X, look at Y")[1].split("\n\n")[1].splitlines()[2:]
+    assert len(rows) > 5
+    for row in rows:
+        names = re.findall(r"`([^`]+)`", row.split("|")[2])
+        assert names, row
+        folder = (ROOT / names[0]).parent
+        for name in names:
+            assert list(ROOT.glob(name)) or list(folder.glob(name)), name
