@@ -206,13 +206,19 @@ static void tile_partial(const call *c, int64_t item, char *memory) {
     k->store(&t, state, c->partials, split);
 }
 
-/* Thread w takes units of work until none is left. The floating-point environment is part of the contract: round to
- * nearest, subnormals kept, whatever the caller has set. */
-static void work(int64_t begin, int64_t end, void *ctx) {
-    call *c = ctx;
+/* The floating-point environment is part of the contract: round to nearest, subnormals kept, whatever the caller has
+ * set and gets back by fesetenv. */
+static fenv_t enter_contract(void) {
     fenv_t caller;
     fegetenv(&caller);
     fesetenv(FE_DFL_ENV);
+    return caller;
+}
+
+/* Thread w takes units of work until none is left. */
+static void work(int64_t begin, int64_t end, void *ctx) {
+    call *c = ctx;
+    const fenv_t caller = enter_contract();
     for (int64_t w = begin; w < end; w++) {
         char *memory = c->threads + (size_t)w * (c->plan.scratch_bytes + 2 * c->plan.state_bytes);
         for (int64_t i; (i = atomic_fetch_add(&c->next, 1)) < c->n_items;)
@@ -269,6 +275,7 @@ static fad_status cpu_forward(const fad_attn_problem *problem, const fad_runtime
 
 /* N8: the sink of each head as one more state, behind the splits; empty for rows past n_q. */
 static void store_sinks(const fad_attn_problem *p, const fad_partials *partials) {
+    const fenv_t caller = enter_contract();
     const size_t real = fad_compute_bytes(p->dtype), rows = (size_t)(p->B * p->Hq * p->Sq);
     const size_t before = (size_t)(partials->n_splits - 1) * rows;
     memset((char *)partials->o + before * (size_t)p->Dv * real, 0, rows * (size_t)p->Dv * real);
@@ -285,6 +292,7 @@ static void store_sinks(const fad_attn_problem *p, const fad_partials *partials)
             ((float *)partials->l)[before + r] = unused ? 0 : fad_f32_canonical(l);
         }
     }
+    fesetenv(&caller);
 }
 
 static fad_status cpu_partials(const fad_attn_problem *problem, const fad_partials *partials,

@@ -37,7 +37,8 @@
  *                 the rules of N6 with c = log2(e), O = 0.                                                  (softmax.inc)
  * N9  Finish.     out = O / l + 0, one division, rounded once to the output dtype. lse = (M + log2 l) * ln 2. NaN results
  *                 are stored as the canonical quiet NaN. Partial states leave as O + 0, m, l.                (softmax.inc)
- * N10 Empty.      A row with l = 0 (no visible key, or none with a score above -inf) gives out = 0 and lse = -inf.
+ * N10 Empty.      A row with l = 0 (no visible key, or only scores that x * c puts below SENTINEL, -inf among them) gives
+ *                 out = 0 and lse = -inf.
  * N11 Non-finite. Inf and NaN in what a row may see propagate as IEEE arithmetic says; in what it may not see they do not
  *                 reach it.
  */
