@@ -10,7 +10,9 @@
  *   - Strides and lengths count elements, sizes whose name ends in _bytes count bytes. All offsets are 64-bit.
  *   - No function allocates, prints, aborts, or keeps a pointer after it returns. The caller brings the workspace.
  *   - Every function that returns fad_status checks all its arguments before any work; when the status is not FAD_OK,
- *     no output was touched and fad_last_error() says which argument had which value and what was expected.
+ *     no output was touched and fad_last_error() says which argument had which value and what was expected. Arrays of
+ *     lengths on a CUDA device cannot be checked; wrong ones are clamped to what the buffers hold.
+ *   - Outputs overlap neither inputs nor each other.
  *   - Thread-safe: there is no mutable global state except the thread-local error text and forced schedule.
  */
 #ifndef FLASH_ATTN_DET_H
@@ -72,9 +74,10 @@ typedef struct fad_attn_problem {
 
     double scale;                      /* finite; multiplies q.k */
     int32_t causal;                    /* 0 or 1: row i sees positions <= its own */
-    int64_t window_left, window_right; /* row i sees positions in [pos - left, pos + right]; -1: unbounded */
+    int64_t window_left, window_right; /* row i sees positions in [pos - left, pos + right]; -1: unbounded; <= 2^40 */
     double softcap;                    /* > 0: scores become softcap * tanh(score / softcap); 0: off */
-    const void *alibi_slopes;          /* compute type; adds -slope * |pos_q - pos_k| to the score; null: off */
+    const void *alibi_slopes;          /* compute type; adds -slope * |pos_q - pos_k| to the score; null: off. Only for
+                                          positions below FAD_MAX_ALIBI_KEYS */
     int64_t alibi_stride_b;            /* slopes are [B, Hq] with this batch stride; 0 shares [Hq] */
     const void *sinks;                 /* [Hq] compute type: one more logit per head, with no value; null: off */
 
@@ -101,8 +104,10 @@ typedef struct fad_partials {
 
 FAD_API fad_status fad_attn_check(const fad_attn_problem *problem);
 
-/* Bytes of workspace for a forward on num_threads threads. Independent of Sq * Sk: per-thread tiles, B + 1 offsets and,
- * for calls with fewer row tiles than threads can use, one fp32 state per split of those few tiles. */
+/* Bytes of workspace for a forward; never of the order of Sq * Sk. On the CPU: tiles for each of num_threads threads,
+ * B + 2 offsets and, where there are fewer tiles than the threads can use, states of the compute type for about eight
+ * splits a thread. On a CUDA device num_threads does not count: one state per split and row where few rows meet a long
+ * cache, at most half of K and V; else fp32 [rows, Hq, Dv] where out is of 16 bits and has several splits; else 0. */
 FAD_API fad_status fad_attn_workspace(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes);
 FAD_API fad_status fad_attn_forward(const fad_attn_problem *problem, const fad_runtime *runtime);
 
@@ -130,8 +135,8 @@ FAD_API fad_status fad_cpu_fma_flops(int64_t iterations, double *flops);
 
 /* For tests: force what the scheduler would choose, on the calling thread, until changed. Bits must not notice. */
 typedef struct fad_schedule {
-    const char *isa;        /* a name from fad_cpu_isa(); null: best. The string must outlive the setting */
-    int32_t layout;         /* 0: auto, 1: a vector lane is a query row ("rows"), 2: a vector lane is a key ("keys") */
+    const char *isa;        /* a name from fad_cpu_isa(), fp64 ignores it; null: best. Must outlive the setting */
+    int32_t layout;         /* CPU. 0: auto, 1: a lane is a query row ("rows"), 2: a lane is a key ("keys") */
     int32_t tile_rows;      /* 0: auto; query rows of one work item, 1 .. 256 */
     int32_t split_parallel; /* 0: auto, 1: never (splits folded in place), 2: always (partials in the workspace) */
 } fad_schedule;

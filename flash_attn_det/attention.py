@@ -100,7 +100,7 @@ def _arguments(
     """The arguments of the ops, in their order."""
     _check_tensor("q", q)
     if q.device.type not in ops.DEVICES:
-        raise NotImplementedError(f"q is on {q.device}: this build of flash_attn_det has kernels for the CPU only")
+        raise NotImplementedError(f"q is on {q.device}: flash_attn_det has kernels for cpu and cuda")
     rank = 4 if cu_seqlens is None else 3
     q, k, v = (_rows(name, t, q, rank) for name, t in (("q", q), ("k", k), ("v", v)))
     no_lengths = torch.empty(0, dtype=torch.int32, device=q.device)
@@ -171,15 +171,20 @@ def attn(
     leftpad_k [B] int32: rows of k and v to skip before the first key.
     k_pos [B] int32: position of the first key in its sequence, for a cache that dropped its oldest keys.
     split_size: keys per split, a positive multiple of 64; default determinism.get_split_size(). Changes bits.
-    arithmetic: "fma" is the portable family with the same bits on every CPU; "mma" (tensor cores) is not in this build;
-        "auto" is "fma" on the CPU. Changes bits.
+    arithmetic: "fma" is the portable family with the same bits on every CPU and GPU; "mma" is that of tensor cores;
+        "auto" is "mma" for float16 and bfloat16 on a CUDA device and "fma" otherwise. Changes bits.
+        There is no "mma" kernel yet: 16-bit tensors on a CUDA device need arithmetic="fma".
 
     Returns out [B, Sq, Hq, Dv], contiguous, in q's dtype; with return_lse also the log-sum-exp of the scores, lse
     [B, Hq, Sq] in the compute dtype (float64 for float64 inputs, else float32). A row that sees no key has out = 0 and
     lse = -inf.
 
+    On a CUDA device the call is queued on torch's current stream, waits for nothing, and can be captured in a graph
+    whose replays read the lengths anew. So the values of seqused_q, seqused_k, leftpad_k, k_pos and cu_seqlens, which
+    are checked on the CPU, are not checked there. float64 is for the CPU.
+
     Raises TypeError (types, dtypes), ValueError (shapes, ranges, devices), NotImplementedError (an input that requires
-    grad, a device or arithmetic without kernels).
+    grad, a device or arithmetic without kernels), RuntimeError (the device refuses a launch).
     """
     arguments = _arguments(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,

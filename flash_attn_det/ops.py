@@ -25,7 +25,7 @@ _library_handle.define(f"fwd({_ARGUMENTS}) -> (Tensor out, Tensor lse)", tags=_T
 _library_handle.define(f"fwd_partials({_ARGUMENTS}) -> (Tensor o, Tensor m, Tensor l)", tags=_TAGS)
 _library.register_kernels()
 
-DEVICES = ("cpu", "meta")  # of this build; meta only infers shapes
+DEVICES = ("cpu", "cuda", "meta")  # with kernels (CUDA's may not be in the build: C says so); meta only infers shapes
 _ERROR = re.compile(r"flash_attn_det\[(\d)\]: ([^\n]*)")
 _EXCEPTIONS = {"1": ValueError, "2": NotImplementedError, "3": RuntimeError}
 

@@ -61,6 +61,7 @@ def test_system_includes_are_those_of_the_compilers(path: Path):
     c11 = {"fenv.h", "float.h", "limits.h", "math.h", "stdarg.h", "stdatomic.h", "stdbool.h", "stddef.h", "stdint.h"}
     c11 |= {"stdio.h", "stdlib.h", "string.h"}
     own = {"core": {"dlfcn.h"}, "cpu": {"immintrin.h", "arm_neon.h"}, "cuda": {"cuda.h", "cuda_runtime.h", "dlfcn.h"}}
+    own["torch"] = {"dlfcn.h"}
     assert headers <= c11 | own.get(layer(path), set())
 
 

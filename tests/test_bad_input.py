@@ -208,11 +208,11 @@ def test_an_input_that_requires_grad(function, name):
 
 @pytest.mark.parametrize("function", [fad.attn, fad.attn_partials], ids=["attn", "attn_partials"])
 def test_a_device_without_kernels(function):
-    """Fake tensors stand for CUDA tensors where there is no CUDA."""
-    cuda = torch.device("cuda", 0)
+    """Fake tensors stand for those of a device that is not there."""
+    device = torch.device("xpu", 0)
     with FakeTensorMode() as mode:
-        tensors = [FakeTensor(mode, x, cuda) for x in (q(device="meta"), kv(device="meta"), kv(device="meta"))]
-        message = "q is on cuda:0: this build of flash_attn_det has kernels for the CPU only"
+        tensors = [FakeTensor(mode, x, device) for x in (q(device="meta"), kv(device="meta"), kv(device="meta"))]
+        message = "q is on xpu:0: flash_attn_det has kernels for cpu and cuda"
         refused(NotImplementedError, message, function, *tensors)
 
 

@@ -19,22 +19,26 @@ LIBRARIES = Path(flash_attn_det.__file__).parent / "lib"
 
 # The first inclusion declares our functions again beside PyTorch's: compilers refuse conflicting extern "C" functions.
 # The second compares each type, so that the test does not rest on what a compiler is willing to refuse.
+# USE_CUDA: the headers of every build hold the declarations of CUDA builds, and hide them from others.
 PROBE = """
+#define USE_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <type_traits>
 #include "{header}"
 #undef FAD_TORCH_STABLE_ABI_H
 #undef FAD_TORCH_FUNCTION
+#undef FAD_TORCH_CUDA_FUNCTION
 #define FAD_TORCH_FUNCTION(result, name, ...) \\
     static_assert(std::is_same_v<decltype(name), result(__VA_ARGS__)>, #name " has another type in PyTorch");
+#define FAD_TORCH_CUDA_FUNCTION FAD_TORCH_FUNCTION
 #include "{header}"
 static_assert(AOTI_TORCH_SUCCESS == 0, "the shim takes 0 for success");
 """
 
 
-def declared_names() -> list[str]:
-    return re.findall(r"^FAD_TORCH_FUNCTION\(.*?, (\w+)", DECLARATIONS.read_text(), flags=re.MULTILINE)
+def declared_names(macro: str = "FAD_TORCH_FUNCTION") -> list[str]:
+    return re.findall(rf"^{macro}\(.*?, (\w+)", DECLARATIONS.read_text(), flags=re.MULTILINE)
 
 
 def compile_probe(folder: Path, header: Path) -> subprocess.CompletedProcess:
@@ -65,12 +69,22 @@ def test_declarations_have_the_types_of_pytorch(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("name", ["aoti_torch_get_dim", "aoti_torch_empty_strided", "torch_get_num_threads"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "aoti_torch_get_dim",
+        "aoti_torch_empty_strided",
+        "torch_get_num_threads",
+        "aoti_torch_create_device_guard",
+        "aoti_torch_get_current_cuda_stream",
+    ],
+)
 def test_a_wrong_declaration_is_found(tmp_path, name):
     wrong = tmp_path / "wrong.h"
     text = DECLARATIONS.read_text()
-    right, other = (f"FAD_TORCH_FUNCTION({result}, {name}," for result in ("AOTITorchError", "int64_t"))
-    text, count = re.subn(re.escape(right), other, text)
+    text, count = re.subn(
+        rf"^(FAD_TORCH_\w+)\(AOTITorchError, {name},", rf"\1(int64_t, {name},", text, flags=re.MULTILINE
+    )
     assert count == 1
     wrong.write_text(text)
     result = compile_probe(tmp_path, wrong)
@@ -85,9 +99,26 @@ def test_every_declared_function_is_in_libtorch():
     assert [name for name in names if not hasattr(process, name)] == []
 
 
+def test_every_cuda_function_is_in_libtorch_cuda():
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+    if not path.exists():
+        pytest.skip("needs a CUDA build of torch")
+    process = ctypes.CDLL(str(path))
+    names = declared_names("FAD_TORCH_CUDA_FUNCTION")
+    assert names
+    assert [name for name in names if not hasattr(process, name)] == []
+
+
 def test_every_declared_function_is_used():
     sources = "".join(path.read_text() for path in (CSRC / "torch").glob("*.c"))
-    assert [name for name in declared_names() if name not in sources] == []
+    names = declared_names() + declared_names("FAD_TORCH_CUDA_FUNCTION")
+    assert [name for name in names if name not in sources] == []
+
+
+def test_kernels_are_registered_for_both_devices():
+    for name in ("flash_attn_det::fwd", "flash_attn_det::fwd_partials"):
+        for key in ("CPU", "CUDA"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 def test_the_build_needs_no_torch(tmp_path):
@@ -98,7 +129,8 @@ def test_the_build_needs_no_torch(tmp_path):
     assert "torch" not in imports
     if shutil.which("make") is None or shutil.which("cc") is None:
         pytest.skip("needs make and a C compiler (cc)")
-    objects = [tmp_path / "torch" / "unpack.o", tmp_path / "torch" / "ops.o", tmp_path / "stub" / "libtorch_cpu.so"]
+    sources = [path.stem for path in (CSRC / "torch").glob("*.c") if path.stem != "stub"]
+    objects = [*(tmp_path / "torch" / f"{name}.o" for name in sources), tmp_path / "stub" / "libtorch_cpu.so"]
     environment = {"PATH": os.environ["PATH"]}  # no CFLAGS or CPATH that could lead to torch's headers
     subprocess.run(
         ["make", "-C", CSRC, f"BUILD={tmp_path}", *objects], env=environment, check=True, capture_output=True
@@ -114,7 +146,10 @@ def test_libraries_need_nothing_of_python_or_cxx():
         pytest.skip("needs readelf (binutils)")
     allowed = {
         "libflash_attn_det.so": {"libc", "libm", "libdl", "ld-linux"},
-        "libflash_attn_det_torch.so": {"libc", "libm", "ld-linux", "libgcc_s", "libflash_attn_det", "libtorch_cpu"},
+        "libflash_attn_det_torch.so": {
+            *("libc", "libm", "libdl", "ld-linux", "libgcc_s"),
+            *("libflash_attn_det", "libtorch_cpu"),
+        },
     }
     for library, names in allowed.items():
         command = ["readelf", "-d", LIBRARIES / library]

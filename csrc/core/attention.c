@@ -49,7 +49,7 @@ fad_status fad_attn_forward(const fad_attn_problem *problem, const fad_runtime *
 fad_status fad_attn_partials_count(const fad_attn_problem *problem, int64_t *count) {
     fad_status status = fad_check_problem(problem);
     if (status == FAD_OK)
-        status = fad_check_partials(problem, NULL);
+        status = fad_check_splittable(problem);
     if (status == FAD_OK && !count)
         status = fad_fail(FAD_INVALID_ARGUMENT, "count is null, expected an address");
     if (status == FAD_OK)
@@ -59,11 +59,10 @@ fad_status fad_attn_partials_count(const fad_attn_problem *problem, int64_t *cou
 
 fad_status fad_attn_partials(const fad_attn_problem *problem, const fad_partials *partials,
                              const fad_runtime *runtime) {
-    static const fad_partials nowhere;
     const fad_backend *backend;
     fad_status status = select_backend(problem, &backend);
     if (status == FAD_OK)
-        status = fad_check_partials(problem, partials ? partials : &nowhere);
+        status = fad_check_partials(problem, partials);
     if (status == FAD_OK)
         status = check_workspace(backend, problem, runtime);
     return status != FAD_OK ? status : backend->partials(problem, partials, runtime);

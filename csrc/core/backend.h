@@ -24,9 +24,11 @@ typedef struct fad_backend {
 typedef struct fad_core_services {
     fad_status (*fail)(fad_status status, const char *format, ...); /* records this thread's error text */
     const fad_schedule *(*forced_schedule)(void);
+    size_t problem_bytes; /* sizeof(fad_attn_problem), and */
+    int64_t contract;     /* FAD_CONTRACT_VERSION: what the backend must have been built with */
 } fad_core_services;
 
-/* The only symbol of libflash_attn_det_cuda. */
+/* The only symbol of libflash_attn_det_cuda. Null if it was built with another struct or contract. */
 FAD_API const fad_backend *fad_cuda_backend(const fad_core_services *services);
 
 #ifdef __cplusplus

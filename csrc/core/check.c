@@ -17,6 +17,8 @@
     } while (0)
 #define LL(x) ((long long)(x))
 
+/* Elements of a tensor, at most: offsets and counts of anything in it cannot overflow. */
+static const double max_elements = 0x1p56;
 /* Window and split sizes beyond this mean nothing more, and sums of a few of them must not overflow. */
 static const int64_t max_extent = INT64_C(1) << 40;
 
@@ -29,7 +31,8 @@ static fad_status check_shape(const fad_attn_problem *p) {
             FAD_MAX_HEAD_DIM);
     REQUIRE(p->Dv >= 1 && p->Dv <= FAD_MAX_HEAD_DIM, "head dim of v is %lld, expected 1 to %d", LL(p->Dv),
             FAD_MAX_HEAD_DIM);
-    REQUIRE(p->Sq <= max_extent && p->Sk <= max_extent && p->B <= INT32_MAX && p->Hq <= INT32_MAX,
+    const double rows = (double)(p->B + 1) * (double)p->Hq * FAD_MAX_HEAD_DIM;
+    REQUIRE(p->B < INT32_MAX && rows * (double)p->Sq <= max_elements && rows * (double)p->Sk <= max_elements,
             "batch %lld, query rows %lld, key rows %lld, heads %lld: too large", LL(p->B), LL(p->Sq), LL(p->Sk),
             LL(p->Hq));
     return FAD_OK;
@@ -43,11 +46,11 @@ static fad_status check_data(const fad_attn_problem *p) {
 }
 
 static fad_status check_options(const fad_attn_problem *p) {
-    const double largest =
-        p->dtype == FAD_FLOAT64 ? DBL_MAX / 2 : FLT_MAX / 2; /* factors must be finite where they are used */
+    const int f64 = p->dtype == FAD_FLOAT64; /* factors must be finite, and softcap positive, where they are used */
+    const double largest = f64 ? DBL_MAX / 2 : FLT_MAX / 2, smallest = f64 ? DBL_MIN : FLT_MIN;
     REQUIRE(fabs(p->scale) <= largest, "scale is %g, expected a finite number in the compute type", p->scale);
     REQUIRE(
-        p->softcap >= 0 && p->softcap <= largest && (p->softcap == 0 || fabs(p->scale) / p->softcap <= largest),
+        p->softcap == 0 || (p->softcap >= smallest && p->softcap <= largest && fabs(p->scale) / p->softcap <= largest),
         "softcap is %g, expected 0 (off) or a positive number so that scale / softcap is finite in the compute type",
         p->softcap);
     REQUIRE(p->causal == 0 || p->causal == 1, "causal is %d, expected 0 or 1", p->causal);
@@ -57,7 +60,7 @@ static fad_status check_options(const fad_attn_problem *p) {
             "right window is %lld, expected -1 (unbounded) or 0 to 2^40", LL(p->window_right));
     REQUIRE(p->split_size > 0 && p->split_size % FAD_BLOCK_KV == 0 && p->split_size <= max_extent,
             "split_size is %lld, expected a positive multiple of %d", LL(p->split_size), FAD_BLOCK_KV);
-    REQUIRE(!p->alibi_slopes || (p->Sk < FAD_MAX_ALIBI_KEYS && p->Sq < FAD_MAX_ALIBI_KEYS),
+    REQUIRE(!p->alibi_slopes || p->cu_seqlens_q || (p->Sk < FAD_MAX_ALIBI_KEYS && p->Sq < FAD_MAX_ALIBI_KEYS),
             "ALiBi with %lld keys and %lld query rows: expected fewer than %d of each", LL(p->Sk), LL(p->Sq),
             FAD_MAX_ALIBI_KEYS);
     return FAD_OK;
@@ -87,6 +90,9 @@ static fad_status check_lengths(const fad_attn_problem *p) {
                 "seqused_k[%lld] is %d, expected 0 to the sequence's %lld keys", LL(b), p->seqused_k[b],
                 LL(k_rows - pad));
         REQUIRE(!p->k_pos || p->k_pos[b] >= 0, "k_pos[%lld] is %d, expected 0 or more", LL(b), p->k_pos[b]);
+        REQUIRE(!p->alibi_slopes || (q_rows < FAD_MAX_ALIBI_KEYS && k_rows < FAD_MAX_ALIBI_KEYS),
+                "ALiBi with %lld keys and %lld query rows in sequence %lld: expected fewer than %d of each", LL(k_rows),
+                LL(q_rows), LL(b), FAD_MAX_ALIBI_KEYS);
         REQUIRE(!p->k_pos || !p->alibi_slopes || p->k_pos[b] + k_rows < FAD_MAX_ALIBI_KEYS,
                 "k_pos[%lld] is %d: ALiBi reaches position %lld, expected below %d", LL(b), p->k_pos[b],
                 LL(p->k_pos[b] + k_rows), FAD_MAX_ALIBI_KEYS);
@@ -130,11 +136,15 @@ fad_status fad_check_workspace(const fad_runtime *r, size_t workspace_bytes) {
     return FAD_OK;
 }
 
-fad_status fad_check_partials(const fad_attn_problem *p, const fad_partials *partials) {
+fad_status fad_check_splittable(const fad_attn_problem *p) {
     REQUIRE(!p->cu_seqlens_q, "partial states of packed sequences are not defined: pass dense tensors");
     REQUIRE(!p->k_pos, "partial states with k_pos are not defined: pass k_pos = None");
-    if (!partials)
-        return FAD_OK;
+    return FAD_OK;
+}
+
+fad_status fad_check_partials(const fad_attn_problem *p, const fad_partials *partials) {
+    TRY(fad_check_splittable(p));
+    REQUIRE(partials, "partials is null");
     const int64_t count = fad_split_capacity(p) + (p->sinks != NULL);
     REQUIRE(partials->n_splits == count, "partials has room for %lld states, expected %lld", LL(partials->n_splits),
             LL(count));

@@ -11,6 +11,7 @@ fad_status fad_fail(fad_status status, const char *format, ...) __attribute__((f
 fad_status fad_check_problem(const fad_attn_problem *problem);
 fad_status fad_check_out(const fad_attn_problem *problem); /* forward only */
 fad_status fad_check_workspace(const fad_runtime *runtime, size_t workspace_bytes);
+fad_status fad_check_splittable(const fad_attn_problem *problem); /* partial states are defined for it */
 fad_status fad_check_partials(const fad_attn_problem *problem, const fad_partials *partials);
 
 extern const fad_backend fad_cpu_backend;

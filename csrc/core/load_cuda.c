@@ -23,7 +23,8 @@ static fad_status library_path(char *path, size_t size) {
 }
 
 fad_status fad_load_cuda(const fad_backend **backend) {
-    static const fad_core_services services = {fad_fail, fad_forced_schedule};
+    static const fad_core_services services = {fad_fail, fad_forced_schedule, sizeof(fad_attn_problem),
+                                               FAD_CONTRACT_VERSION};
     static _Atomic(const fad_backend *) loaded;
     char path[4096];
     if ((*backend = atomic_load(&loaded)))
@@ -38,11 +39,11 @@ fad_status fad_load_cuda(const fad_backend **backend) {
                         "with nvcc on the PATH, FLASH_ATTN_DET_CUDA=1 makes that an error",
                         dlerror());
     const fad_backend *(*entry)(const fad_core_services *);
-    *(void **)&entry =
-        dlsym(library, "fad_cuda_backend"); /* POSIX's way around function pointers that are not objects */
-    if (!entry)
-        return fad_fail(FAD_UNSUPPORTED, "%s is not from this build: %s", path, dlerror());
-    *backend = entry(&services);
+    /* POSIX's way around function pointers that are not objects */
+    *(void **)&entry = dlsym(library, "fad_cuda_backend");
+    *backend = entry ? entry(&services) : NULL;
+    if (!*backend)
+        return fad_fail(FAD_UNSUPPORTED, "%s is from another build of flash_attn_det: install again", path);
     atomic_store(&loaded, *backend);
     return FAD_OK;
 }

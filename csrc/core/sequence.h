@@ -18,10 +18,16 @@ FAD_FN int64_t fad_sequence_count(const fad_attn_problem *p) { return p->B + (p-
 /* Splits that a dense call's keys can occupy, from position 0. */
 FAD_FN int64_t fad_split_capacity(const fad_attn_problem *p) { return fad_partition_end(p->Sk, p->split_size); }
 
-/* Rows that sequence b owns in a buffer of n rows, and the first of them. */
+/* Query heads per kv head. */
+FAD_FN int64_t fad_group(const fad_attn_problem *p) { return p->Hq / p->Hk; }
+
+FAD_FN int64_t fad_clamp(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : x > hi ? hi : x; }
+
+/* Rows that sequence b owns in a buffer of n rows, and the first of them. Here and below lengths are clamped to what
+ * the buffers hold: the host has checked those that it can read, of a device's arrays nothing is known. */
 FAD_FN int64_t fad_owned_rows(const int32_t *cu_seqlens, int64_t B, int64_t b, int64_t n, int64_t *first) {
-    *first = cu_seqlens ? cu_seqlens[b] : 0;
-    return !cu_seqlens ? n : (b < B ? cu_seqlens[b + 1] : n) - *first;
+    *first = cu_seqlens ? fad_clamp(cu_seqlens[b], 0, n) : 0;
+    return cu_seqlens && b < B ? fad_clamp(cu_seqlens[b + 1], *first, n) - *first : n - *first;
 }
 
 FAD_FN fad_sequence fad_get_sequence(const fad_attn_problem *p, int64_t b) {
@@ -33,11 +39,11 @@ FAD_FN fad_sequence fad_get_sequence(const fad_attn_problem *p, int64_t b) {
     s.q_rows = fad_owned_rows(p->cu_seqlens_q, p->B, b, p->Sq, &q_row);
     k_rows = fad_owned_rows(p->cu_seqlens_k, p->B, b, p->Sk, &k_row);
     if (b < p->B) {
-        const int64_t pad = p->leftpad_k ? p->leftpad_k[b] : 0;
+        const int64_t pad = p->leftpad_k ? fad_clamp(p->leftpad_k[b], 0, k_rows) : 0;
         k_row += pad;
-        s.span.n_q = p->seqused_q ? p->seqused_q[b] : s.q_rows;
-        s.span.n_k = p->seqused_k ? p->seqused_k[b] : k_rows - pad;
-        s.span.k_pos = p->k_pos ? p->k_pos[b] : 0; /* N2 */
+        s.span.n_q = p->seqused_q ? fad_clamp(p->seqused_q[b], 0, s.q_rows) : s.q_rows;
+        s.span.n_k = p->seqused_k ? fad_clamp(p->seqused_k[b], 0, k_rows - pad) : k_rows - pad;
+        s.span.k_pos = p->k_pos ? fad_clamp(p->k_pos[b], 0, INT32_MAX) : 0; /* N2 */
     }
     s.span.left = p->window_left;
     s.span.right = p->causal ? 0 : p->window_right; /* N4 */

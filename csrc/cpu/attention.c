@@ -10,20 +10,17 @@ enum { KEYS_LAYOUT_MAX_ROWS = 8 };
 
 typedef struct plan {
     const fad_cpu_kernel *kernel;
-    int64_t tile_rows, n_tiles, n_splits; /* n_splits: of the longest sequence */
-    int split_parallel;
-    fad_layout
-        layout; /* forced, or 0: chosen for each tile. Kept here, because what is forced is known to the caller's thread only */
+    int64_t tile_rows, n_tiles;
+    int64_t wave; /* splits of a tile that run in parallel before they are folded; 0: one by one, folded in place */
+    fad_layout layout; /* of every tile; 0: chosen tile by tile. What is forced is known to the caller's thread only */
     size_t scratch_bytes, state_bytes;                   /* of one thread; of one tile */
     size_t offsets_bytes, threads_bytes, partials_bytes; /* the three parts of the workspace */
 } plan;
 
 static size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-static int64_t group(const fad_attn_problem *p) { return p->Hq / p->Hk; }
-
 static int64_t tiles_of(const fad_attn_problem *p, int64_t q_rows, int64_t tile_rows) {
-    return p->Hk * ((q_rows * group(p) + tile_rows - 1) / tile_rows);
+    return p->Hk * ((q_rows * fad_group(p) + tile_rows - 1) / tile_rows);
 }
 
 static int64_t count_tiles(const fad_attn_problem *p, int64_t tile_rows) {
@@ -64,7 +61,7 @@ static int64_t most_splits(const fad_attn_problem *p) {
 
 /* Larger tiles read K and V less often; more tiles keep the threads busy. */
 static int64_t choose_tile_rows(const fad_attn_problem *p, int32_t num_threads) {
-    const int64_t rows = longest_q(p) * group(p);
+    const int64_t rows = longest_q(p) * fad_group(p);
     if (fad_forced_schedule()->tile_rows)
         return fad_forced_schedule()->tile_rows;
     if (rows <= KEYS_LAYOUT_MAX_ROWS)
@@ -75,23 +72,32 @@ static int64_t choose_tile_rows(const fad_attn_problem *p, int32_t num_threads) 
     return 64;
 }
 
+/* Splits run in parallel where there are too few tiles for the threads, in waves, so that the states between them stay
+ * small however long the keys are. */
+static int64_t choose_wave(const fad_attn_problem *p, int64_t n_tiles, int32_t num_threads) {
+    const int64_t n_splits = most_splits(p), enough = 8 * (int64_t)num_threads;
+    const int forced = fad_forced_schedule()->split_parallel;
+    if (n_splits <= 1 || n_tiles == 0 || forced == 1 || (!forced && (num_threads == 1 || n_tiles >= enough / 2)))
+        return 0;
+    return fad_clamp((enough + n_tiles - 1) / n_tiles, 2, n_splits);
+}
+
 static fad_status make_plan(const fad_attn_problem *p, int32_t num_threads, int partials, plan *out) {
     plan n = {0};
     const fad_status status = fad_cpu_select(p->dtype, &n.kernel);
     if (status != FAD_OK)
         return status;
-    const int forced = fad_forced_schedule()->split_parallel;
     n.tile_rows = choose_tile_rows(p, num_threads);
     n.n_tiles = count_tiles(p, n.tile_rows);
-    n.n_splits = most_splits(p);
+    n.wave = partials ? 0 : choose_wave(p, n.n_tiles, num_threads);
     n.layout = (fad_layout)fad_forced_schedule()->layout;
-    n.split_parallel =
-        !partials && n.n_splits > 1 && (forced ? forced == 2 : n.n_tiles < 4 * (int64_t)num_threads && num_threads > 1);
+    if (!n.layout && n.tile_rows <= KEYS_LAYOUT_MAX_ROWS)
+        n.layout = FAD_LAYOUT_KEYS;
     n.scratch_bytes = round_up(n.kernel->scratch_bytes(p, n.tile_rows));
-    n.state_bytes = round_up(n.kernel->state_bytes(p, n.tile_rows));
+    n.state_bytes = round_up(n.kernel->state_bytes(p, n.tile_rows, n.layout));
     n.offsets_bytes = round_up((size_t)(fad_sequence_count(p) + 1) * sizeof(int64_t));
     n.threads_bytes = (size_t)num_threads * (n.scratch_bytes + 2 * n.state_bytes);
-    n.partials_bytes = n.split_parallel ? (size_t)(n.n_tiles * n.n_splits) * n.state_bytes : 0;
+    n.partials_bytes = n.wave ? (size_t)(n.n_tiles * (n.wave + 1)) * n.state_bytes : 0;
     *out = n;
     return FAD_OK;
 }
@@ -104,6 +110,7 @@ typedef struct call {
     char *threads, *states;
     void (*item)(const struct call *, int64_t item, char *memory); /* one unit of work on one thread's memory */
     int64_t n_items;
+    int64_t wave_first;       /* first split of the wave, counted from the first that a tile sees */
     atomic_int_fast64_t next; /* unit of work to take: threads balance themselves */
 } call;
 
@@ -119,7 +126,7 @@ static fad_cpu_tile get_tile(const call *c, int64_t number) {
     }
     fad_cpu_tile t = {.problem = p, .seq = fad_get_sequence(p, lo)};
     const int64_t per_head = (c->first_tile[lo + 1] - c->first_tile[lo]) / p->Hk, local = number - c->first_tile[lo];
-    const int64_t rows = t.seq.q_rows * group(p), active = t.seq.span.n_q * group(p);
+    const int64_t rows = t.seq.q_rows * fad_group(p), active = t.seq.span.n_q * fad_group(p);
     t.head_k = local / per_head;
     t.row0 = (per_head - 1 - local % per_head) *
              c->plan.tile_rows; /* last rows first: under a causal mask they are the longest */
@@ -131,7 +138,7 @@ static fad_cpu_tile get_tile(const call *c, int64_t number) {
 
 /* Splits that some row of the tile sees (N4): lo .. hi - 1. */
 static fad_interval visible_splits(const fad_cpu_tile *t) {
-    const int64_t size = t->problem->split_size, g = group(t->problem);
+    const int64_t size = t->problem->split_size, g = fad_group(t->problem);
     fad_interval splits = {0, 0};
     if (!t->n_active)
         return splits;
@@ -150,8 +157,10 @@ static void tile_in_place(const call *c, int64_t item, char *memory) {
     char *state = memory + c->plan.scratch_bytes, *part = state + c->plan.state_bytes;
     const fad_cpu_tile t = get_tile(c, item);
     const fad_interval splits = visible_splits(&t);
-    k->load(&t, memory);
-    k->clear(&t, state);
+    if (splits.lo == splits.hi)
+        k->clear(&t, state);
+    else
+        k->load(&t, memory);
     for (int64_t s = splits.lo; s < splits.hi; s++) {
         k->run_split(&t, memory, s, s == splits.lo ? state : part);
         if (s > splits.lo)
@@ -160,35 +169,41 @@ static void tile_in_place(const call *c, int64_t item, char *memory) {
     k->finish(&t, state);
 }
 
-static char *split_state(const call *c, int64_t tile, int64_t nth) {
-    return c->states + (size_t)(tile * c->plan.n_splits + nth) * c->plan.state_bytes;
+/* State number nth of a tile's wave; behind them, number wave, the running state. */
+static char *wave_state(const call *c, int64_t tile, int64_t nth) {
+    return c->states + (size_t)(tile * (c->plan.wave + 1) + nth) * c->plan.state_bytes;
 }
 
 /* One split of one tile, into the workspace. The tiles of one split follow each other: heads that lie side by side in
  * memory are read while their pages are at hand. */
-static void tile_split(const call *c, int64_t item, char *memory) {
+static void wave_split(const call *c, int64_t item, char *memory) {
     const fad_cpu_kernel *k = c->plan.kernel;
     const int64_t tile = item % c->plan.n_tiles, nth = item / c->plan.n_tiles;
     const fad_cpu_tile t = get_tile(c, tile);
-    const int64_t split = first_split(c->problem, &t.seq.span) + nth;
     const fad_interval splits = visible_splits(&t);
-    if (split < splits.lo || split >= splits.hi)
+    const int64_t split = splits.lo + c->wave_first + nth;
+    if (split >= splits.hi)
         return;
     k->load(&t, memory);
-    k->run_split(&t, memory, split, split_state(c, tile, nth));
+    k->run_split(&t, memory, split, wave_state(c, tile, nth));
 }
 
-/* The fold of what tile_split left (N8). */
-static void tile_fold(const call *c, int64_t item, char *memory) {
+/* Folds what wave_split left into the tile's running state (N8), and finishes it after its last wave. */
+static void wave_fold(const call *c, int64_t item, char *memory) {
     const fad_cpu_kernel *k = c->plan.kernel;
-    char *state = memory + c->plan.scratch_bytes;
+    char *state = wave_state(c, item, c->plan.wave);
     const fad_cpu_tile t = get_tile(c, item);
     const fad_interval splits = visible_splits(&t);
-    const int64_t first = first_split(c->problem, &t.seq.span);
-    k->clear(&t, state);
-    for (int64_t s = splits.lo; s < splits.hi; s++)
-        k->fold(&t, state, split_state(c, item, s - first));
-    k->finish(&t, state);
+    const int64_t left = splits.hi - splits.lo - c->wave_first; /* splits that were not folded yet */
+    (void)memory;
+    if (left <= 0 && c->wave_first > 0)
+        return;
+    if (c->wave_first == 0)
+        k->clear(&t, state);
+    for (int64_t nth = 0; nth < c->plan.wave && nth < left; nth++)
+        k->fold(&t, state, wave_state(c, item, nth));
+    if (left <= c->plan.wave)
+        k->finish(&t, state);
 }
 
 /* One split of one tile, for the caller. Splits that the tile does not see are empty states. */
@@ -198,10 +213,11 @@ static void tile_partial(const call *c, int64_t item, char *memory) {
     char *state = memory + c->plan.scratch_bytes;
     const fad_cpu_tile t = get_tile(c, item / n_splits);
     const fad_interval splits = visible_splits(&t);
-    k->clear(&t, state);
     if (split >= splits.lo && split < splits.hi) {
         k->load(&t, memory);
         k->run_split(&t, memory, split, state);
+    } else {
+        k->clear(&t, state);
     }
     k->store(&t, state, c->partials, split);
 }
@@ -258,26 +274,39 @@ static fad_status cpu_workspace(const fad_attn_problem *problem, int32_t num_thr
     return status;
 }
 
+static void run_waves(call *c, const fad_runtime *runtime) {
+    int64_t most = 1; /* also tiles that see nothing are finished */
+    for (int64_t tile = 0; tile < c->plan.n_tiles; tile++) {
+        const fad_cpu_tile t = get_tile(c, tile);
+        const fad_interval splits = visible_splits(&t);
+        most = splits.hi - splits.lo > most ? splits.hi - splits.lo : most;
+    }
+    for (c->wave_first = 0; c->wave_first < most; c->wave_first += c->plan.wave) {
+        run(c, runtime, wave_split, c->plan.n_tiles * c->plan.wave);
+        run(c, runtime, wave_fold, c->plan.n_tiles);
+    }
+}
+
 static fad_status cpu_forward(const fad_attn_problem *problem, const fad_runtime *runtime) {
     call c = {.problem = problem};
     const fad_status status = make_plan(problem, runtime->num_threads, 0, &c.plan);
     if (status != FAD_OK)
         return status;
     start(&c, runtime);
-    if (c.plan.split_parallel) {
-        run(&c, runtime, tile_split, c.plan.n_tiles * c.plan.n_splits);
-        run(&c, runtime, tile_fold, c.plan.n_tiles);
-    } else {
+    if (!c.plan.wave)
         run(&c, runtime, tile_in_place, c.plan.n_tiles);
-    }
+    else
+        run_waves(&c, runtime);
     return FAD_OK;
 }
 
 /* N8: the sink of each head as one more state, behind the splits; empty for rows past n_q. */
 static void store_sinks(const fad_attn_problem *p, const fad_partials *partials) {
-    const fenv_t caller = enter_contract();
     const size_t real = fad_compute_bytes(p->dtype), rows = (size_t)(p->B * p->Hq * p->Sq);
     const size_t before = (size_t)(partials->n_splits - 1) * rows;
+    if (rows == 0)
+        return;
+    const fenv_t caller = enter_contract();
     memset((char *)partials->o + before * (size_t)p->Dv * real, 0, rows * (size_t)p->Dv * real);
     for (size_t r = 0; r < rows; r++) {
         const int64_t i = (int64_t)r % p->Sq, h = (int64_t)r / p->Sq % p->Hq, b = (int64_t)r / p->Sq / p->Hq;

@@ -26,7 +26,8 @@ typedef struct fad_cpu_tile {
 typedef struct fad_cpu_kernel {
     const char *isa;
     size_t (*scratch_bytes)(const fad_attn_problem *problem, int64_t tile_rows);
-    size_t (*state_bytes)(const fad_attn_problem *problem, int64_t tile_rows);
+    /* layout 0: enough for either, chosen tile by tile */
+    size_t (*state_bytes)(const fad_attn_problem *problem, int64_t tile_rows, fad_layout layout);
     void (*load)(const fad_cpu_tile *tile, void *scratch);
     void (*clear)(const fad_cpu_tile *tile, void *state);
     void (*run_split)(const fad_cpu_tile *tile, void *scratch, int64_t split,

@@ -42,6 +42,8 @@ fad_status fad_cpu_select(fad_dtype dtype, const fad_cpu_kernel **kernel) {
 
 fad_status fad_cpu_fma_flops(int64_t iterations, double *flops) {
     const fad_cpu_kernel *kernel;
+    if (!flops)
+        return fad_fail(FAD_INVALID_ARGUMENT, "flops is null, expected an address");
     const fad_status status = fad_cpu_select(FAD_FLOAT32, &kernel);
     if (status == FAD_OK)
         *flops = kernel->fma_flops(iterations);

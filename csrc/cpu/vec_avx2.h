@@ -12,6 +12,7 @@ typedef __m256 vreal;
 #define VMR 4
 #define VNV 2
 #define REAL(name) fad_f32_##name
+#define REAL_DTYPE FAD_FLOAT32
 #define REAL_CONST(name) FAD_F32_##name
 
 static inline vreal v_set(real x) { return _mm256_set1_ps(x); }

@@ -12,6 +12,7 @@ typedef __m512 vreal;
 #define VMR 4 /* rows of a chain tile, */
 #define VNV 4 /* and its vectors: VMR * VNV accumulators must cover the latency of fma and fit the registers */
 #define REAL(name) fad_f32_##name
+#define REAL_DTYPE FAD_FLOAT32
 #define REAL_CONST(name) FAD_F32_##name
 
 static inline vreal v_set(real x) { return _mm512_set1_ps(x); }

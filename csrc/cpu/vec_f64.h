@@ -11,6 +11,7 @@ typedef double vreal;
 #define VMR 4
 #define VNV 4
 #define REAL(name) fad_f64_##name
+#define REAL_DTYPE FAD_FLOAT64
 #define REAL_CONST(name) FAD_F64_##name
 
 #include "vec_one_lane.h"

@@ -12,6 +12,7 @@ typedef float32x4_t vreal;
 #define VMR 4
 #define VNV 4
 #define REAL(name) fad_f32_##name
+#define REAL_DTYPE FAD_FLOAT32
 #define REAL_CONST(name) FAD_F32_##name
 
 static inline vreal v_set(real x) { return vdupq_n_f32(x); }

@@ -10,6 +10,7 @@ typedef float vreal;
 #define VMR 4 /* rows of a chain tile */
 #define VNV 4 /* vectors of a chain tile */
 #define REAL(name) fad_f32_##name
+#define REAL_DTYPE FAD_FLOAT32
 #define REAL_CONST(name) FAD_F32_##name
 
 #include "vec_one_lane.h"

@@ -6,7 +6,8 @@
  * tests are named after the clause they check. After contract version 1 a changed bit needs a new version.
  *
  * "Compute type" is fp64 for fp64 inputs and fp32 otherwise; LIMIT, SENTINEL and MIN_EXP below depend on it (real.h).
- * Rounding is to nearest even, subnormals are kept, and mul-add pairs are fused only where a clause says fma.
+ * Rounding is to nearest even, subnormals are kept, and mul-add pairs are fused only where a clause says fma. scale,
+ * softcap, log2(e) and ln 2 are fp64 numbers, rounded to the compute type where they meet one.
  *
  * N1  Row.        out[i] and lse[i] depend only on that row of q, the K/V rows it may see, its position and theirs within
  *                 its own sequence, its head's slope and sink, and static configuration: head dims, dtype, scale, softcap,
@@ -24,7 +25,8 @@
  *                 and x = s * scale, or x = softcap * tanh(s * (scale / softcap)), the quotient in fp64 and rounded; then
  *                 with ALiBi x = fma(-slope, |pos_q - pos_k|, x).                                           (softmax.inc)
  * N6  Reference.  The running reference m of a row is an integer. At each block m' = max(m, ref(max_j x_j)), where
- *                 ref(x) is the integer nearest to the exact product x * c if |x * c| <= LIMIT, and rint(x * c) beyond.
+ *                 ref(x) is the integer nearest to the exact product x * c if the rounded one is within LIMIT, and the
+ *                 integer nearest to the rounded one beyond.
  *                 O and l are multiplied by 2^(m - m') (0 below 2^MIN_EXP) before the block's first key, then
  *                 p_j = exp2(fma(x_j, c, -m')), or exp2(x_j * c - m') with two roundings where |m'| > LIMIT. A maximum
  *                 ignores NaN; a NaN score makes p NaN.                                                     (softmax.inc)

@@ -6,9 +6,14 @@
 #ifndef FAD_NUMERICS_REAL_H
 #define FAD_NUMERICS_REAL_H
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#if !defined(__CUDACC__) && FLT_EVAL_METHOD != 0
+#error "fp32 and fp64 expressions must be rounded as what they are; x87 keeps more"
+#endif
 
 #ifdef __CUDACC__
 #define FAD_FN static __host__ __device__ __forceinline__
@@ -22,7 +27,8 @@
 /* |t| up to which fma(x, c, MAGIC) - MAGIC is the integer nearest to x * c (N6). */
 #define FAD_F32_LIMIT 0x1p22f
 #define FAD_F64_LIMIT 0x1p51
-/* Reference of the empty state (N3): finite, so that differences of references are never NaN. */
+/* Reference of the empty state (N3): finite, so that differences of references are not NaN. (Between
+ * two references of +inf they are, but there l and O are NaN already.) */
 #define FAD_F32_SENTINEL (-0x1p126f)
 #define FAD_F64_SENTINEL (-0x1p1022)
 /* Powers of two below 2^MIN_EXP count as 0 (N6): the smallest normal number. */

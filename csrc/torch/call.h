@@ -35,6 +35,7 @@ typedef struct fad_torch_call {
     AtenTensorHandle tensors[N_TENSOR_ARGS]; /* owned */
     AtenTensorHandle results[MAX_RESULTS];   /* owned until they are returned; null where not allocated */
     AtenTensorHandle workspace;              /* owned, or null */
+    DeviceGuardHandle guard;                 /* owned; null on the CPU */
     fad_attn_problem problem;                /* points into tensors and results */
     fad_runtime runtime;                     /* points into workspace */
     int32_t device_type, device_index, dtype, compute_dtype; /* in torch's numbers */
@@ -61,5 +62,8 @@ fad_status fad_torch_fail(fad_torch_call *call, fad_status status, const char *f
 /* Fills call->problem from call->tensors and the scalars on the stack, all but the outputs. Checks whatever the struct
  * cannot express and fad_attn_check() therefore cannot see: dtypes, devices, ranks and that shapes agree. */
 fad_status fad_torch_unpack(fad_torch_call *call, const StableIValue *stack);
+
+/* The stream that torch uses now on the device of the call, which is a CUDA device. */
+fad_status fad_torch_current_stream(fad_torch_call *call, void **stream);
 
 #endif

@@ -1,4 +1,4 @@
-/* The ops flash_attn_det::fwd and flash_attn_det::fwd_partials on the CPU dispatch key.
+/* The ops flash_attn_det::fwd and flash_attn_det::fwd_partials on the CPU and CUDA dispatch keys.
  *
  * A boxed kernel owns its tensor arguments and hands over its results. It raises by a C++ exception out of
  * aoti_torch_check, so run() releases everything first and raises last. */
@@ -40,13 +40,18 @@ static fad_status check_parallel(fad_torch_call *call) {
 }
 
 static fad_status make_runtime(fad_torch_call *call) {
-    uint32_t n_threads = 0;
+    uint32_t n_threads = 1;
     size_t bytes = 0;
-    TRY_TORCH(call, torch_get_num_threads(&n_threads));
-    TRY_CORE(call, fad_attn_workspace(&call->problem, (int32_t)n_threads, &bytes));
-    call->runtime =
-        (fad_runtime){.num_threads = (int32_t)n_threads, .parallel_for = parallel_for, .workspace_bytes = bytes};
     parallel_error = 0;
+    if (call->problem.device == FAD_CPU) {
+        TRY_TORCH(call, torch_get_num_threads(&n_threads));
+        call->runtime.parallel_for = parallel_for;
+    }
+    TRY_CORE(call, fad_attn_workspace(&call->problem, (int32_t)n_threads, &bytes));
+    if (call->problem.device == FAD_CUDA)
+        TRY(fad_torch_current_stream(call, &call->runtime.stream));
+    call->runtime.num_threads = (int32_t)n_threads;
+    call->runtime.workspace_bytes = bytes;
     if (bytes == 0)
         return FAD_OK;
     const int64_t size = (int64_t)bytes + WORKSPACE_ALIGNMENT - 1, stride = 1;
@@ -101,6 +106,12 @@ static fad_status forward_partials(fad_torch_call *call) {
     return check_parallel(call);
 }
 
+static fad_status enter_device(fad_torch_call *call) {
+    if (call->problem.device == FAD_CUDA)
+        TRY_TORCH(call, aoti_torch_create_device_guard(call->device_index, &call->guard));
+    return FAD_OK;
+}
+
 /* True if torch took every handle back. */
 static bool release(AtenTensorHandle *handles, int n) {
     bool released = true;
@@ -116,14 +127,18 @@ static void run(StableIValue *stack, int n_results, fad_status (*body)(fad_torch
         call.tensors[i] = (AtenTensorHandle)(uintptr_t)stack[i];
     fad_status status = fad_torch_unpack(&call, stack);
     if (status == FAD_OK)
+        status = enter_device(&call);
+    if (status == FAD_OK)
         status = body(&call);
 
     bool released = release(call.tensors, N_TENSOR_ARGS);
     released = release(&call.workspace, 1) && released;
     if (status != FAD_OK)
         released = release(call.results, MAX_RESULTS) && released;
+    if (call.guard)
+        released = aoti_torch_delete_device_guard(call.guard) == 0 && released;
     if (status == FAD_OK && !released)
-        status = fad_torch_fail(&call, FAD_DEVICE_ERROR, "PyTorch failed: aoti_torch_delete_tensor_object");
+        status = fad_torch_fail(&call, FAD_DEVICE_ERROR, "PyTorch failed to take back a tensor or the device guard");
     if (status != FAD_OK) {
         char message[sizeof call.message + 32];
         snprintf(message, sizeof message, "flash_attn_det[%d]: %s", (int)status, call.message);
@@ -143,13 +158,18 @@ static void fwd_partials(StableIValue *stack, uint64_t n_arguments, uint64_t n_r
     run(stack, (int)n_results, forward_partials);
 }
 
-/* Gives the kernels to torch's dispatcher; Python calls it once, after it defined the schemas. 0 on success. */
+/* Gives the kernels to torch's dispatcher; Python calls it once, after it defined the schemas. 0 on success. Builds of
+ * torch without CUDA take the CUDA key as well: it is a name. */
 FAD_API int32_t fad_torch_register(void) {
-    static TorchLibraryHandle library; /* kept: a registration lasts as long as its library */
-    AOTITorchError error = aoti_torch_library_init_impl("flash_attn_det", "CPU", __FILE__, __LINE__, &library);
-    if (!error)
-        error = torch_library_impl(library, "fwd", fwd, TORCH_2_10);
-    if (!error)
-        error = torch_library_impl(library, "fwd_partials", fwd_partials, TORCH_2_10);
+    static const char *const keys[] = {"CPU", "CUDA"};
+    static TorchLibraryHandle libraries[2]; /* kept: a registration lasts as long as its library */
+    AOTITorchError error = 0;
+    for (int i = 0; i < 2 && !error; i++) {
+        error = aoti_torch_library_init_impl("flash_attn_det", keys[i], __FILE__, __LINE__, &libraries[i]);
+        if (!error)
+            error = torch_library_impl(libraries[i], "fwd", fwd, TORCH_2_10);
+        if (!error)
+            error = torch_library_impl(libraries[i], "fwd_partials", fwd_partials, TORCH_2_10);
+    }
     return error;
 }

@@ -3,7 +3,8 @@
  * PyTorch's own declarations (torch/csrc/inductor/aoti_torch/c/shim.h and torch/csrc/stable/c/shim.h, torch >= 2.10) sit
  * in C++ headers, but the symbols are plain C. Declaring them here means that no torch is needed to build, and one binary
  * serves every torch >= 2.10. The list is an X-macro: a test includes the real headers, expands it to static_asserts, and
- * so proves that every type below is the real one; stub.c expands it to the library that the linker sees. */
+ * so proves that every type below is the real one; stub.c expands it to the library that the linker sees.
+ * FAD_TORCH_CUDA_FUNCTION lists what only CUDA builds of torch have, in another library: stream.c looks it up. */
 #ifndef FAD_TORCH_STABLE_ABI_H
 #define FAD_TORCH_STABLE_ABI_H
 
@@ -16,11 +17,15 @@ extern "C" {
 
 typedef struct AtenTensorOpaque *AtenTensorHandle;
 typedef struct TorchLibraryOpaque *TorchLibraryHandle;
+typedef struct DeviceGuardOpaque *DeviceGuardHandle;
 typedef uint64_t StableIValue;  /* tensor: handle; int: its bits; float: the bits of the double; bool: the low byte */
 typedef int32_t AOTITorchError; /* 0: success */
 
 #ifndef FAD_TORCH_FUNCTION
 #define FAD_TORCH_FUNCTION(result, name, ...) result name(__VA_ARGS__);
+#endif
+#ifndef FAD_TORCH_CUDA_FUNCTION
+#define FAD_TORCH_CUDA_FUNCTION(result, name, ...) typedef result (*name##_fn)(__VA_ARGS__);
 #endif
 
 FAD_TORCH_FUNCTION(int32_t, aoti_torch_device_type_cpu, void)
@@ -55,6 +60,12 @@ FAD_TORCH_FUNCTION(AOTITorchError, torch_library_impl, TorchLibraryHandle librar
 FAD_TORCH_FUNCTION(AOTITorchError, torch_get_num_threads, uint32_t *n_threads)
 FAD_TORCH_FUNCTION(AOTITorchError, torch_parallel_for, int64_t begin, int64_t end, int64_t grain_size,
                    void (*range)(int64_t begin, int64_t end, void *context), void *context)
+
+/* Makes a device of torch's accelerator current until the guard is deleted. */
+FAD_TORCH_FUNCTION(AOTITorchError, aoti_torch_create_device_guard, int32_t device_index, DeviceGuardHandle *guard)
+FAD_TORCH_FUNCTION(AOTITorchError, aoti_torch_delete_device_guard, DeviceGuardHandle guard)
+
+FAD_TORCH_CUDA_FUNCTION(AOTITorchError, aoti_torch_get_current_cuda_stream, int32_t device_index, void **stream)
 
 /* Throws a C++ exception when condition is false: callers are compiled with -fexceptions and hold nothing to release. */
 FAD_TORCH_FUNCTION(void, aoti_torch_check, bool condition, const char *function, const char *file, uint32_t line,

@@ -2,4 +2,5 @@
  * the loader finds the real library, which Python has loaded with `import torch`. Never installed. */
 #define FAD_TORCH_FUNCTION(result, name, ...)                                                                          \
     __attribute__((visibility("default"))) void name(void) {}
+#define FAD_TORCH_CUDA_FUNCTION(result, name, ...)
 #include "stable_abi.h"

@@ -82,8 +82,8 @@ static fad_status set_views(fad_torch_call *call, const tensor *t) {
         REQUIRE(call, t[i].ndim == (packed ? 3 : 4), "%s has %lld dimensions, expected %s", names[i], LL(t[i].ndim),
                 packed ? "3: [rows, heads, head_dim]" : "4: [batch, rows, heads, head_dim]");
         const int64_t *sizes = t[i].sizes + !packed, *strides = t[i].strides + !packed; /* [s, h, :] */
-        REQUIRE(call, sizes[2] <= 1 || strides[2] == 1, "%s has stride %lld in its last dimension, expected 1",
-                names[i], LL(strides[2]));
+        REQUIRE(call, t[i].numel == 0 || sizes[2] <= 1 || strides[2] == 1,
+                "%s has stride %lld in its last dimension, expected 1", names[i], LL(strides[2]));
         *views[i] = (fad_view){t[i].data, packed ? 0 : t[i].strides[0], strides[0], strides[1]};
     }
     const int64_t *q = t[ARG_Q].sizes, *k = t[ARG_K].sizes, *v = t[ARG_V].sizes;

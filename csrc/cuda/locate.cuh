@@ -1,0 +1,97 @@
+/* Which tile a thread block works on. Dense calls compute it; packed ones search the prefix sums of the lengths, which
+ * only the device can read. */
+#ifndef FAD_CUDA_LOCATE_CUH
+#define FAD_CUDA_LOCATE_CUH
+
+#include "../core/sequence.h"
+
+/* A tile: packed rows r = i * G + g of one sequence and kv head, as on the CPU (cpu/kernel.h). */
+struct Tile {
+    fad_sequence seq;
+    int64_t head_k, row0;
+    int n_rows, n_active; /* rows owned; rows below n_q */
+};
+
+/* Tiles that a grid must hold: exact for dense calls, an upper bound for packed ones (each sequence rounds up once). */
+static inline int64_t tile_bound(const fad_attn_problem &p, int rows) {
+    const int64_t group = fad_group(&p);
+    if (!p.cu_seqlens_q)
+        return p.B * p.Hk * ((p.Sq * group + rows - 1) / rows);
+    return p.Hk * (p.Sq * group / rows + fad_sequence_count(&p));
+}
+
+/* First index b with number < sum of per(0 .. b), searched by one warp, 32 sequences at a time; the rest of number
+ * within b is returned in number. -1: past the end. Every thread of the block gets the result. */
+template <class PerSequence> __device__ int find_sequence(int count, int64_t &number, PerSequence per) {
+    const int lane = threadIdx.x % 32;
+    for (int base = 0; base < count; base += 32) {
+        const int b = base + lane;
+        int64_t sum = b < count ? per(b) : 0;
+        for (int step = 1; step < 32; step *= 2) {
+            const int64_t below = __shfl_up_sync(~0u, sum, step);
+            sum += lane >= step ? below : 0;
+        }
+        const unsigned past = __ballot_sync(~0u, sum > number);
+        if (past) {
+            const int found = __ffs(past) - 1;
+            const int64_t before = found ? __shfl_sync(~0u, sum, found - 1) : 0;
+            number -= before;
+            return base + found;
+        }
+        number -= __shfl_sync(~0u, sum, 31);
+    }
+    return -1;
+}
+
+/* The tile of block number `number`; false if the grid's bound was larger than the work. */
+static __device__ bool locate_tile(const fad_attn_problem &p, int rows, int64_t number, Tile &t) {
+    const int64_t group = fad_group(&p);
+    int b;
+    int64_t per_head;
+    if (!p.cu_seqlens_q) {
+        per_head = (p.Sq * group + rows - 1) / rows;
+        b = (int)(number / (per_head * p.Hk));
+        number %= per_head * p.Hk;
+        if (b >= p.B)
+            return false;
+    } else {
+        auto tiles = [&](int s) {
+            int64_t first;
+            return p.Hk * ((fad_owned_rows(p.cu_seqlens_q, p.B, s, p.Sq, &first) * group + rows - 1) / rows);
+        };
+        b = find_sequence((int)fad_sequence_count(&p), number, tiles);
+        if (b < 0)
+            return false;
+        per_head = tiles(b) / p.Hk;
+    }
+    t.seq = fad_get_sequence(&p, b);
+    t.head_k = number / per_head;
+    t.row0 = (per_head - 1 - number % per_head) * rows; /* last rows first: under a causal mask they are the longest */
+    const int64_t total = t.seq.q_rows * group, active = t.seq.span.n_q * group;
+    t.n_rows = (int)min((int64_t)rows, total - t.row0);
+    t.n_active = (int)max((int64_t)0, min((int64_t)t.n_rows, active - t.row0));
+    return true;
+}
+
+/* The same for a whole thread block, into shared memory. */
+static __device__ bool share_tile(const fad_attn_problem &p, int rows, int64_t number, Tile &shared) {
+    Tile t;
+    const bool found = locate_tile(p, rows, number, t);
+    if (found && threadIdx.x == 0)
+        shared = t;
+    __syncthreads(); /* the tile may be read */
+    return found;
+}
+
+/* Positions that some active row of the tile sees. */
+static __device__ fad_interval seen_positions(const fad_attn_problem &p, const Tile &t) {
+    const int64_t group = fad_group(&p);
+    fad_interval seen = {0, 0};
+    if (t.n_active) {
+        seen.lo = fad_visible(&t.seq.span, t.row0 / group).lo;
+        seen.hi = fad_visible(&t.seq.span, (t.row0 + t.n_active - 1) / group).hi;
+    }
+    return seen;
+}
+
+#endif

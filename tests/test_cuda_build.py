@@ -1,0 +1,254 @@
+"""The CUDA library as a build product, without a GPU: when it is built, what it exports, what its machine code does.
+
+Uses the build directory that csrc/Makefile and setup.py share: what an installation has compiled is not compiled again.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import flash_attn_det
+
+CSRC = Path(__file__).parent.parent / "csrc"
+LIBRARY = "libflash_attn_det_cuda.so"
+ARCHITECTURES = os.environ.get("FLASH_ATTN_DET_CUDA_ARCHS") or "80 90"
+SOURCES = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
+
+
+def make(*arguments, check=True, **environment) -> subprocess.CompletedProcess:
+    if shutil.which("make") is None or shutil.which("cc") is None:
+        pytest.skip("needs make and a C compiler (cc)")
+    command = ["make", "--no-print-directory", "-C", str(CSRC), *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}"
+    return done
+
+
+def libraries(*arguments, **environment) -> list[Path]:
+    return [Path(path) for path in make("--silent", *arguments, "libraries", **environment).stdout.split()]
+
+
+@pytest.fixture(scope="module")
+def build() -> Path:
+    """The build directory, with the CUDA library and the PTX of its sources."""
+    built = {path.name: path for path in libraries(FLASH_ATTN_DET_CUDA="auto")}
+    if LIBRARY not in built:
+        pytest.skip("needs nvcc")
+    folder = built[LIBRARY].parent
+    ptx = [folder / "cuda" / f"{name}.ptx" for name in SOURCES]
+    make("-j2", f"BUILD={folder}", "cuda", *ptx, FLASH_ATTN_DET_CUDA="1")
+    return folder
+
+
+# ---- what is compiled ------------------------------------------------------------------------------------------------
+
+
+def test_library_exports_one_function(build):
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm (binutils)")
+    command = ["nm", "-D", "--defined-only", build / LIBRARY]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[-1] for line in listing.splitlines()] == ["fad_cuda_backend"]
+
+
+def test_library_needs_neither_torch_nor_a_driver(build):
+    """CUDA's runtime is linked in, and finds the driver when it is asked for a device."""
+    if shutil.which("readelf") is None:
+        pytest.skip("needs readelf (binutils)")
+    listing = subprocess.run(["readelf", "-d", build / LIBRARY], capture_output=True, text=True, check=True).stdout
+    needed = {re.match(r"ld-linux|[\w+]+", name)[0] for name in re.findall(r"\(NEEDED\).*\[(.*)\]", listing)}
+    assert "libc" in needed
+    assert needed <= {"libc", "libm", "libdl", "librt", "libpthread", "ld-linux", "libstdc++", "libgcc_s"}
+
+
+def spilled(log: str) -> dict[str, dict[str, int]]:
+    """Of each architecture, the bytes that each of its functions spills, stores and loads together."""
+    bytes_of, current = {}, {}
+    line = re.compile(
+        r"Compiling entry function '\w+' for '(\w+)'|"
+        r"Function properties for (\w+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    )
+    for architecture, function, stores, loads in line.findall(log):
+        if architecture:
+            current = bytes_of.setdefault(architecture, {})
+        else:
+            current[function] = int(stores) + int(loads)
+    return bytes_of
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_kernels_do_not_spill_registers(build, name):
+    functions = spilled((build / "cuda" / f"{name}.ptxas").read_text())
+    assert set(functions) == {f"sm_{number}" for number in ARCHITECTURES.split()}
+    assert all(functions.values())
+    spills = [f"{f} on {arch}: {n} bytes" for arch, of in functions.items() for f, n in of.items() if n > 0]
+    assert spills == []
+
+
+def forbidden(ptx: str) -> set[str]:
+    """Instructions whose bits are not IEEE's, or that ptxas may contract: arithmetic needs its rounding spelled out."""
+    arithmetic = re.findall(
+        r"\b((?:add|sub|mul|mad|fma|div|rcp|sqrt)(?:\.\w+)*\.f(?:16|16x2|32|64|bf16|bf16x2))\s", ptx
+    )
+    wrong = {name for name in arithmetic if not re.search(r"\.r[nzmp]\.", name) or ".ftz" in name or ".sat" in name}
+    return wrong | set(re.findall(r"\b\w+\.approx(?:\.\w+)*|\bdiv\.full(?:\.\w+)*", ptx))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_n7_ptx_rounds_as_ieee_does(build, name):
+    ptx = (build / "cuda" / f"{name}.ptx").read_text()
+    for instruction in ("add.rn.f32", "mul.rn.f32", "fma.rn.f32", "div.rn.f32"):
+        assert instruction in ptx  # the pattern looks at what is there
+    assert forbidden(ptx) == set()
+
+
+def test_ptx_check_notices():
+    wrong = {
+        *("add.f32", "mul.ftz.f32", "add.rn.ftz.f32", "fma.rn.ftz.f32", "fma.rn.sat.f32", "mul.f64", "div.full.f32"),
+        *("div.approx.f32", "ex2.approx.ftz.f32", "lg2.approx.f32", "rcp.approx.ftz.f32", "tanh.approx.f32"),
+    }
+    for instruction in wrong:
+        assert forbidden(f"\t{instruction} \t%f1, %f2, %f3;\n") == {instruction}
+    assert (
+        forbidden("\tfma.rn.f32 \t%f1, %f2, %f3, %f4;\n\tmul.wide.s32 \t%rd1, %r1, 4;\n\tdiv.rn.f64 \t%d, %a, %b;")
+        == set()
+    )
+
+
+ASK = """
+#include "flash_attn_det.h"
+#include <stdio.h>
+int main(void) {
+    const fad_attn_problem p = {.device = FAD_CUDA, .Hq = 1, .Hk = 1, .D = 8, .Dv = 8, .scale = 1, .window_left = -1,
+                                .window_right = -1, .split_size = 64};
+    printf("%d %s", fad_attn_check(&p), fad_last_error());
+    return 0;
+}
+"""
+
+
+def test_core_loads_the_library_from_beside_itself(build, tmp_path):
+    """No GPU is needed to load it; without it the core says what is missing."""
+    core = Path(flash_attn_det.__file__).parent / "lib" / "libflash_attn_det.so"
+    shutil.copy(core, tmp_path)
+    (tmp_path / "ask.c").write_text(ASK)
+    command = ["cc", f"-I{CSRC}", "ask.c", "-o", "ask", "-L.", "-lflash_attn_det", "-Wl,-rpath,$ORIGIN"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+
+    def ask():
+        return subprocess.run([tmp_path / "ask"], capture_output=True, text=True, check=True).stdout
+
+    assert ask().startswith("2 the tensors are on a CUDA device, but this build has no CUDA kernels (")
+    shutil.copy(build / LIBRARY, tmp_path)
+    assert ask().startswith("0 ")
+
+
+# ---- when it is built ------------------------------------------------------------------------------------------------
+
+# A compiler that writes its arguments into what it is asked to make.
+PRETENDER = """#!/bin/sh
+all="$*"
+while [ $# -gt 0 ]; do
+    case "$1" in
+        -o) echo "$all" > "$2" ;;
+        -MF) echo "ignored: " > "$2" ;;
+    esac
+    shift
+done
+"""
+
+
+@pytest.fixture
+def pretender(tmp_path) -> dict[str, str]:
+    """An environment whose nvcc is quick, and is known to nobody but $NVCC."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(PRETENDER)
+    nvcc.chmod(0o755)
+    return {"NVCC": str(nvcc), "FLASH_ATTN_DET_CUDA": "", "FLASH_ATTN_DET_CUDA_ARCHS": "", "CUDA_HOME": ""}
+
+
+NO_NVCC = {"NVCC": "", "CUDA_HOME": "/nonexistent", "FLASH_ATTN_DET_CUDA_ARCHS": ""}
+
+
+def test_kernels_are_built_if_nvcc_is_found(pretender):
+    names = ["libflash_attn_det.so", "libflash_attn_det_torch.so"]
+    assert [path.name for path in libraries(**pretender)] == [*names, LIBRARY]
+    assert [path.name for path in libraries(**pretender | {"FLASH_ATTN_DET_CUDA": "1"})] == [*names, LIBRARY]
+    assert [path.name for path in libraries(**pretender | {"FLASH_ATTN_DET_CUDA": "0"})] == names
+    assert [path.name for path in libraries(**NO_NVCC, FLASH_ATTN_DET_CUDA="auto")] == names
+
+
+def test_cross_builds_have_no_kernels(tmp_path, pretender):
+    """nvcc compiles for this machine, and the C compiler decides for which the build is."""
+    cross = tmp_path / "cc"
+    cross.write_text("#!/bin/sh\necho elsewhere-linux-gnu\n")
+    cross.chmod(0o755)
+    assert LIBRARY not in [path.name for path in libraries(f"CC={cross}", **pretender)]
+
+
+def test_missing_nvcc_can_be_an_error():
+    done = make("libraries", check=False, FLASH_ATTN_DET_CUDA="1", **NO_NVCC)
+    assert done.returncode != 0
+    assert (
+        "FLASH_ATTN_DET_CUDA is 1, but CUDA kernels: none, there is no nvcc: looked for /nonexistent/bin/nvcc"
+        in done.stderr
+    )
+
+
+def test_unknown_choice_is_an_error(pretender):
+    done = make("libraries", check=False, **pretender | {"FLASH_ATTN_DET_CUDA": "yes"})
+    assert done.returncode != 0
+    assert "FLASH_ATTN_DET_CUDA is 'yes', expected auto, 0 or 1" in done.stderr
+
+
+def compiled_with(folder: Path) -> str:
+    return (folder / "cuda" / f"{SOURCES[0]}.o").read_text()
+
+
+def test_architectures(tmp_path, pretender):
+    folder = tmp_path / "build"
+    make(f"BUILD={folder}", "cuda", **pretender)
+    targets = re.findall(r"-gencode (\S+)", compiled_with(folder))
+    assert targets == [
+        f"arch=compute_{n},code={code}" for n, code in ((80, "sm_80"), (90, "sm_90"), (80, "compute_80"))
+    ]
+    assert "-fmad=false" in compiled_with(folder).split()
+    assert "-cudart static" in (folder / LIBRARY).read_text()
+    make(f"BUILD={folder}", "cuda", **pretender | {"FLASH_ATTN_DET_CUDA_ARCHS": "90 100"})
+    targets = re.findall(r"-gencode (\S+)", compiled_with(folder))
+    assert targets == [
+        f"arch=compute_{n},code={code}" for n, code in ((90, "sm_90"), (100, "sm_100"), (90, "compute_90"))
+    ]
+
+
+def test_nothing_is_compiled_twice_without_need(tmp_path, pretender):
+    folder = tmp_path / "build"
+    command = (f"BUILD={folder}", "cuda")
+    make(*command, **pretender)
+    before = (folder / LIBRARY).stat().st_mtime_ns
+    make(*command, **pretender)
+    assert (folder / LIBRARY).stat().st_mtime_ns == before
+    make(*command, **pretender | {"FLASH_ATTN_DET_CUDA_ARCHS": "90"})
+    assert (folder / LIBRARY).stat().st_mtime_ns > before
+
+
+def test_compiler_errors_are_shown(tmp_path, pretender):
+    Path(pretender["NVCC"]).write_text("#!/bin/sh\necho 'error: no such thing' >&2\nexit 1\n")
+    done = make(f"BUILD={tmp_path / 'build'}", "cuda", check=False, **pretender)
+    assert done.returncode != 0
+    assert "error: no such thing" in done.stderr
+
+
+def test_kernels_of_an_earlier_build_are_removed(tmp_path, pretender):
+    """Where none are asked for, none may lie beside the core."""
+    folder = tmp_path / "build"
+    make(f"BUILD={folder}", "cuda", **pretender)
+    assert (folder / LIBRARY).exists()
+    others = [f"--assume-old={folder / path.name}" for path in libraries(**pretender) if path.name != LIBRARY]
+    done = make(f"BUILD={folder}", *others, "all", **pretender | {"FLASH_ATTN_DET_CUDA": "0"})
+    assert not (folder / LIBRARY).exists()
+    assert "CUDA kernels: none, FLASH_ATTN_DET_CUDA is 0" in done.stdout
