@@ -104,6 +104,7 @@ OPTIONS = [
     (TypeError, "scale must be a number, got str", dict(scale="1")),
     (TypeError, "scale must be a number, got Tensor", dict(scale=torch.ones(()))),
     (ValueError, "softcap is -1, expected 0 (off) or a positive number", dict(softcap=-1.0)),
+    (ValueError, "softcap is 1e-46, expected 0 (off) or a positive number", dict(softcap=1e-46, scale=1e-9)),
     (ValueError, "softcap is nan, expected 0 (off) or a positive number", dict(softcap=math.nan)),
     (ValueError, "softcap is inf, expected 0 (off) or a positive number", dict(softcap=math.inf)),
     (TypeError, "softcap must be a number, got NoneType", dict(softcap=None)),

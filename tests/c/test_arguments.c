@@ -1,6 +1,7 @@
 /* Bad arguments: the pinned status, a message that carries the offending value, and no output touched. */
 #include "check.h"
 
+#include <fenv.h>
 #include <math.h>
 
 #include "../../csrc/flash_attn_det.h"
@@ -173,6 +174,16 @@ static void partials(void) {
           fad_last_error());
 }
 
+static void null_pointers(void) {
+    fad_attn_problem p = dense();
+    const fad_runtime r = runtime();
+    p.Sk = 0; /* no states, and still no place for them */
+    CHECK(fad_attn_partials(&p, NULL, &r) == FAD_INVALID_ARGUMENT && strstr(fad_last_error(), "null"), "%s",
+          fad_last_error());
+    CHECK(fad_cpu_fma_flops(1, NULL) == FAD_INVALID_ARGUMENT && strstr(fad_last_error(), "null"), "%s",
+          fad_last_error());
+}
+
 static void constants(void) {
     int64_t value = -7;
     int32_t n = 0;
@@ -206,6 +217,40 @@ static void schedules(void) {
     CHECK(!untouched(), "a good call wrote nothing");
 }
 
+/* A workspace must not grow with the length of the keys beyond the states of one wave of splits. */
+static void workspaces(void) {
+    size_t bytes[2] = {0, 0};
+    for (int i = 0; i < 2; i++) {
+        fad_attn_problem p = dense();
+        p.B = 1;
+        p.Sq = 128;
+        p.Sk = i ? 1 << 24 : 1 << 16;
+        p.Hq = 32;
+        CHECK(fad_attn_workspace(&p, 64, &bytes[i]) == FAD_OK, "%s", fad_last_error());
+    }
+    CHECK(bytes[0] == bytes[1] && bytes[0] < 64u << 20, "%zu bytes for 64 Ki keys, %zu for 16 Mi", bytes[0], bytes[1]);
+}
+
+/* The sink's state, too, is computed in the contract's floating-point environment, not in the caller's. */
+static void rounding_mode(void) {
+    static float o[3 * B * SQ * HQ * DIM], m[2][3 * B * HQ * SQ], l[2][3 * B * HQ * SQ];
+    static const float sinks[HQ] = {0.3f, 2.2f, 123.7f, -7.9f};
+    const int modes[] = {FE_TONEAREST, FE_UPWARD};
+    fad_attn_problem p = dense();
+    const fad_runtime r = runtime();
+    p.sinks = sinks;
+    for (int i = 0; i < 2; i++) {
+        const fad_partials partials = {o, m[i], l[i], 3};
+        CHECK(fesetround(modes[i]) == 0, "rounding mode %d", modes[i]);
+        const fad_status status = fad_attn_partials(&p, &partials, &r);
+        CHECK(fegetround() == modes[i], "the caller's rounding mode was not given back");
+        CHECK(fesetround(FE_TONEAREST) == 0, "rounding mode");
+        CHECK(status == FAD_OK, "%s", fad_last_error());
+    }
+    CHECK(!memcmp(m[0], m[1], sizeof m[0]) && !memcmp(l[0], l[1], sizeof l[0]),
+          "states know the caller's rounding mode");
+}
+
 int main(void) {
     for (size_t i = 0; i < sizeof out / sizeof *out; i++)
         out[i] = 123;
@@ -214,7 +259,10 @@ int main(void) {
     problems();
     runtimes();
     partials();
+    null_pointers();
     constants();
     schedules();
+    workspaces();
+    rounding_mode();
     return 0;
 }
