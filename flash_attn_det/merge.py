@@ -69,7 +69,9 @@ def merge_partials(partials: Partials, *, return_lse: bool = False) -> Tensor | 
     """Fold split states in ascending order and finish: merge_partials(attn_partials(...)) == attn(...), bit for bit.
 
     partials: as attn_partials returns it. States that were computed apart (other calls, other devices) may be
-    concatenated along their first dimension before, in ascending order of position.
+    concatenated along their first dimension before, in ascending order of position. The bits are those of eager torch
+    operations with their default handling of subnormals: torch.set_flush_denormal and compilers that fuse can change
+    them, which attn itself never notices.
 
     Returns out [B, Sq, Hq, Dv] in partials.dtype; with return_lse also lse [B, Hq, Sq] in the compute dtype.
     Raises TypeError if the states are not float32 or float64, ValueError if their shapes do not belong together.
