@@ -85,7 +85,8 @@ static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
     plan->n_tiles = tile_bound(*p, plan->kernel->rows);
     plan->n_splits = fad_split_capacity(p) + (p->k_pos != NULL); /* an offset start can touch one more */
     const int forced = core->forced_schedule()->split_parallel;
-    /* Up to so many rows for a kv head, the states of a split stay below half of its keys and values. */
+    /* Up to so many rows for a kv head, the states stay small beside K and V: at 256 rows, head dims of 128 and the
+     * default split size, a quarter of fp32 K and V, half of 16-bit ones. */
     const bool few_rows = p->Sq * fad_group(p) <= 256 && plan->n_tiles < 2 * device.multiprocessors;
     plan->spill = !p->cu_seqlens_q && plan->n_splits > 1 && (forced ? forced == 2 : few_rows);
     return FAD_OK;

@@ -1,4 +1,4 @@
-/* Kernels over FmaTile: one that folds the splits of a tile in registers, one that spills one split each. */
+/* Kernels over FmaTile: one that folds the splits of a tile as they come, one that spills one split each. */
 #ifndef FAD_CUDA_FMA_KERNEL_CUH
 #define FAD_CUDA_FMA_KERNEL_CUH
 
