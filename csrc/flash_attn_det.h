@@ -38,8 +38,15 @@ typedef enum fad_status {
 typedef enum fad_dtype { FAD_FLOAT32 = 0, FAD_FLOAT16 = 1, FAD_BFLOAT16 = 2, FAD_FLOAT64 = 3 } fad_dtype;
 typedef enum fad_device { FAD_CPU = 0, FAD_CUDA = 1 } fad_device;
 
-/* The family of roundings (clause N7). AUTO is FMA on the CPU and for fp32 and fp64 inputs, MMA otherwise. */
-typedef enum fad_arithmetic { FAD_ARITHMETIC_AUTO = 0, FAD_ARITHMETIC_FMA = 1, FAD_ARITHMETIC_MMA = 2 } fad_arithmetic;
+/* The family of roundings (clause N7). AUTO is FMA on the CPU and for fp32 and fp64 inputs, MMA otherwise. The last two
+ * are MMA as compute capability 9.0 and 8.0 round it, emulated on the CPU for fp16 and bf16: for audits, and slow. Pinned. */
+typedef enum fad_arithmetic {
+    FAD_ARITHMETIC_AUTO = 0,
+    FAD_ARITHMETIC_FMA = 1,
+    FAD_ARITHMETIC_MMA = 2,
+    FAD_ARITHMETIC_MMA_SM90 = 3,
+    FAD_ARITHMETIC_MMA_SM80 = 4
+} fad_arithmetic;
 
 /* [b, s, h, :] view of a buffer; the last dimension is contiguous, the other strides are arbitrary (also 0 or < 0). */
 typedef struct fad_view {
@@ -140,6 +147,7 @@ typedef struct fad_schedule {
     int32_t layout;         /* CPU. 0: auto, 1: a lane is a query row ("rows"), 2: a lane is a key ("keys") */
     int32_t tile_rows;      /* 0: auto; query rows of one work item, 1 .. 256 */
     int32_t split_parallel; /* 0: auto, 1: never (splits folded in place), 2: always (partials in the workspace) */
+    int32_t kernel;         /* CUDA, mma family. 0: auto, 1: generic, 2: Hopper's, and generic where it cannot run */
 } fad_schedule;
 FAD_API fad_status fad_force_schedule(const fad_schedule *schedule); /* null: back to automatic */
 

@@ -16,6 +16,7 @@ class Schedule(ctypes.Structure):
         ("layout", ctypes.c_int32),
         ("tile_rows", ctypes.c_int32),
         ("split_parallel", ctypes.c_int32),
+        ("kernel", ctypes.c_int32),
     )
 
 

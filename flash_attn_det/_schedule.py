@@ -7,6 +7,7 @@ from . import _library
 
 _LAYOUTS = {None: 0, "rows": 1, "keys": 2}
 _SPLIT_PARALLEL = {None: 0, False: 1, True: 2}
+_KERNELS = {None: 0, "generic": 1, "hopper": 2}
 
 
 def isas() -> list[str]:
@@ -20,18 +21,21 @@ def forced(
     layout: str | None = None,
     tile_rows: int | None = None,
     split_parallel: bool | None = None,
+    kernel: str | None = None,
 ) -> Iterator[None]:
     """Within the block, calls from this thread use these choices; None leaves one automatic. Blocks do not nest.
 
     isa: a name from isas(). layout: "rows" or "keys", what a vector lane stands for. tile_rows: query rows of one work
-    item, 1 .. 256. split_parallel: whether splits are computed side by side and folded afterwards.
-    Raises ValueError for a value out of range, and KeyError for an unknown layout.
+    item, 1 .. 256. split_parallel: whether splits are computed side by side and folded afterwards. kernel: "generic"
+    or "hopper", the kernels of the mma family on a GPU; "generic" also runs where the other cannot.
+    Raises ValueError for a value out of range, and KeyError for an unknown layout or kernel.
     """
     schedule = _library.Schedule(
         isa=None if isa is None else isa.encode(),
         layout=_LAYOUTS[layout],
         tile_rows=0 if tile_rows is None else tile_rows,
         split_parallel=_SPLIT_PARALLEL[split_parallel],
+        kernel=_KERNELS[kernel],
     )
     _library.force_schedule(schedule)
     try:

@@ -17,10 +17,10 @@ __global__ void __launch_bounds__(THREADS, S::RESIDENT)
         return;
     FmaTile<S> tile(p, t, shared_memory);
     const bool row_owner = (int)threadIdx.x < S::ROWS;
-    const fad_interval seen = seen_positions(p, t);
+    const fad_interval seen = seen_positions(t);
     const int64_t first = fad_partition_first(seen.lo, p.split_size), end = fad_partition_end(seen.hi, p.split_size);
     float m = FAD_F32_SENTINEL, l = 0; /* the running state of row threadIdx.x */
-    auto rest = [&](int r) { return running_row(p, t.seq, t.row0 + r, t.head_k, running); };
+    auto rest = [&](int r) { return running_row(p, t, r, running); };
     tile.clear();
     tile.load_queries();
     __syncthreads(); /* lo and hi may be read */
@@ -46,12 +46,11 @@ __global__ void __launch_bounds__(THREADS, S::RESIDENT)
             tile.for_each_output(t.n_rows, rest, [](float *to, int, int d, float &o) { to[d] = o; });
     }
     if (row_owner && (int)threadIdx.x < t.n_rows) {
-        tile.sm.m[threadIdx.x] =
-            finish_row(p, t.seq, t.row0 + threadIdx.x, t.head_k, (int)threadIdx.x < t.n_active, tile.m, tile.l);
+        tile.sm.m[threadIdx.x] = finish_row(p, t, threadIdx.x, tile.m, tile.l);
         tile.sm.alpha[threadIdx.x] = tile.l;
     }
     __syncthreads(); /* sink factor and l may be read */
-    auto out = [&](int r) { return out_row(p, t.seq, t.row0 + r, t.head_k); };
+    auto out = [&](int r) { return out_row(p, t, r); };
     tile.for_each_output(t.n_rows, out, [&](const OutRow &to, int r, int d, float &o) {
         to.store(d, fad_f32_finish_out(fad_f32_mul(o, tile.sm.m[r]), tile.sm.alpha[r]));
     });
@@ -70,13 +69,13 @@ __global__ void __launch_bounds__(THREADS, S::RESIDENT)
     FmaTile<S> tile(p, t, shared_memory);
     tile.load_queries();
     __syncthreads(); /* lo and hi may be read */
-    tile.run_split(fad_partition_first(t.seq.span.k_pos, p.split_size) + nth, seen_positions(p, t));
+    tile.run_split(fad_partition_first(t.seq.span.k_pos, p.split_size) + nth, seen_positions(t));
     if ((int)threadIdx.x < t.n_rows) {
-        const int64_t at = partial_row(p, t.seq, t.row0 + threadIdx.x, t.head_k, nth);
+        const int64_t at = partial_row(p, t, threadIdx.x, nth);
         ((float *)partials.m)[at] = tile.m;
         ((float *)partials.l)[at] = fad_f32_canonical(tile.l);
     }
-    auto values = [&](int r) { return (float *)partials.o + partial_values(p, t.seq, t.row0 + r, t.head_k, nth); };
+    auto values = [&](int r) { return (float *)partials.o + partial_values(p, t, r, nth); };
     tile.for_each_output(t.n_rows, values,
                          [](float *to, int, int d, float &o) { to[d] = fad_f32_canonical(fad_f32_add(o, 0.0f)); });
 }

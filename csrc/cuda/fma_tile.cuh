@@ -143,21 +143,20 @@ template <class S> struct FmaTile {
     __device__ int dim(int n) const { return n / S::W * S::C * S::W + column * S::W + n % S::W; } /* of o[][n] */
 
     __device__ void load_queries() {
-        const int64_t group = fad_group(&p), bytes = p.dtype == FAD_FLOAT32 ? 4 : 2;
+        const int64_t bytes = p.dtype == FAD_FLOAT32 ? 4 : 2;
         for (int r = threadIdx.x; r < S::ROWS; r += THREADS) {
-            const int64_t i = (t.row0 + r) / group, h = t.head_k * group + (t.row0 + r) % group;
+            const Row row = row_of(t, r);
             const bool active = r < t.n_active;
-            const fad_interval seen = fad_visible(&t.seq.span, i);
-            sm.pos[r] = active ? fad_query_position(&t.seq.span, i) : 0;
+            const fad_interval seen = fad_visible(&t.seq.span, row.i);
+            sm.pos[r] = active ? fad_query_position(&t.seq.span, row.i) : 0;
             sm.lo[r] = active ? seen.lo : 0;
             sm.hi[r] = active ? seen.hi : 0;
             sm.slope[r] =
-                active && p.alibi_slopes ? -((const float *)p.alibi_slopes)[t.seq.index * p.alibi_stride_b + h] : 0;
+                active && p.alibi_slopes ? -((const float *)p.alibi_slopes)[t.seq.index * p.alibi_stride_b + row.h] : 0;
         }
         load_rows<S::ROWS, FAD_MAX_HEAD_DIM>(sm.q, sm.d_ld, p.D, p.dtype, rows_aligned(p.q, bytes, p.D), [&](int r) {
-            return r < t.n_active
-                       ? element(p.q, bytes, t.seq.q, (t.row0 + r) / group, t.head_k * group + (t.row0 + r) % group)
-                       : nullptr;
+            const Row row = row_of(t, r);
+            return r < t.n_active ? element(p.q, bytes, t.seq.q, row.i, row.h) : nullptr;
         });
     }
 
@@ -290,10 +289,9 @@ template <class S> struct FmaTile {
     }
 
     __device__ void block(int64_t block_lo, fad_interval seen) {
-        const int64_t group = fad_group(&p);
-        const bool partial = fad_tile_kind(&t.seq.span, t.row0 / group, (t.row0 + t.n_active - 1) / group, block_lo,
-                                           block_lo + BLOCK) != FAD_TILE_FULL ||
-                             t.n_active < S::ROWS;
+        const bool partial =
+            fad_tile_kind(&t.seq.span, t.i0, last_row(t), block_lo, block_lo + BLOCK) != FAD_TILE_FULL ||
+            t.n_active < S::ROWS;
         load_block(block_lo, seen);
         __syncthreads(); /* k may be read */
         float x[S::TK][S::TR];

@@ -5,12 +5,26 @@
 
 #include "../core/sequence.h"
 
-/* A tile: packed rows r = i * G + g of one sequence and kv head, as on the CPU (cpu/kernel.h). */
+/* A tile: packed rows i * G + g of one sequence and kv head, as on the CPU (cpu/kernel.h). Its first is query row i0 of
+ * query head g0 of the kv head's group. */
 struct Tile {
     fad_sequence seq;
-    int64_t head_k, row0;
+    int64_t head_k, i0;
+    unsigned g0, group;
     int n_rows, n_active; /* rows owned; rows below n_q */
+    bool exists;          /* false: the grid's bound was larger than the work */
 };
+
+/* Query row of the sequence and query head of a tile's row r. */
+struct Row {
+    int64_t i, h;
+};
+__device__ inline Row row_of(const Tile &t, int r) {
+    const unsigned at = t.g0 + (unsigned)r;
+    return {t.i0 + at / t.group, t.head_k * t.group + at % t.group};
+}
+/* The sequence's row that the tile's last active row belongs to. */
+__device__ inline int64_t last_row(const Tile &t) { return row_of(t, t.n_active - 1).i; }
 
 /* Tiles that a grid must hold: exact for dense calls, an upper bound for packed ones (each sequence rounds up once). */
 static inline int64_t tile_bound(const fad_attn_problem &p, int rows) {
@@ -43,9 +57,10 @@ template <class PerSequence> __device__ int find_sequence(int count, int64_t &nu
     return -1;
 }
 
-/* The tile of block number `number`; false if the grid's bound was larger than the work. */
-static __device__ bool locate_tile(const fad_attn_problem &p, int rows, int64_t number, Tile &t) {
+/* Tile number `number`, by a whole warp. */
+static __device__ Tile locate_tile(const fad_attn_problem &p, int rows, int64_t number) {
     const int64_t group = fad_group(&p);
+    Tile t = {};
     int b;
     int64_t per_head;
     if (!p.cu_seqlens_q) {
@@ -53,7 +68,7 @@ static __device__ bool locate_tile(const fad_attn_problem &p, int rows, int64_t 
         b = (int)(number / (per_head * p.Hk));
         number %= per_head * p.Hk;
         if (b >= p.B)
-            return false;
+            return t;
     } else {
         auto tiles = [&](int s) {
             int64_t first;
@@ -61,35 +76,39 @@ static __device__ bool locate_tile(const fad_attn_problem &p, int rows, int64_t 
         };
         b = find_sequence((int)fad_sequence_count(&p), number, tiles);
         if (b < 0)
-            return false;
+            return t;
         per_head = tiles(b) / p.Hk;
     }
     t.seq = fad_get_sequence(&p, b);
     t.head_k = number / per_head;
-    t.row0 = (per_head - 1 - number % per_head) * rows; /* last rows first: under a causal mask they are the longest */
-    const int64_t total = t.seq.q_rows * group, active = t.seq.span.n_q * group;
-    t.n_rows = (int)min((int64_t)rows, total - t.row0);
-    t.n_active = (int)max((int64_t)0, min((int64_t)t.n_rows, active - t.row0));
-    return true;
+    /* last rows first: under a causal mask they are the longest */
+    const int64_t row0 = (per_head - 1 - number % per_head) * rows;
+    t.i0 = row0 / group;
+    t.g0 = (unsigned)(row0 % group);
+    t.group = (unsigned)group;
+    t.n_rows = (int)min((int64_t)rows, t.seq.q_rows * group - row0);
+    t.n_active = (int)fad_clamp(t.seq.span.n_q * group - row0, 0, t.n_rows);
+    t.exists = true;
+    return t;
 }
 
-/* The same for a whole thread block, into shared memory. */
+/* The same for a whole thread block, into shared memory. Returns whether it exists. */
 static __device__ bool share_tile(const fad_attn_problem &p, int rows, int64_t number, Tile &shared) {
-    Tile t;
-    const bool found = locate_tile(p, rows, number, t);
-    if (found && threadIdx.x == 0)
-        shared = t;
+    if (threadIdx.x < 32) {
+        const Tile t = locate_tile(p, rows, number);
+        if (threadIdx.x == 0)
+            shared = t;
+    }
     __syncthreads(); /* the tile may be read */
-    return found;
+    return shared.exists;
 }
 
 /* Positions that some active row of the tile sees. */
-static __device__ fad_interval seen_positions(const fad_attn_problem &p, const Tile &t) {
-    const int64_t group = fad_group(&p);
+static __device__ fad_interval seen_positions(const Tile &t) {
     fad_interval seen = {0, 0};
     if (t.n_active) {
-        seen.lo = fad_visible(&t.seq.span, t.row0 / group).lo;
-        seen.hi = fad_visible(&t.seq.span, (t.row0 + t.n_active - 1) / group).hi;
+        seen.lo = fad_visible(&t.seq.span, t.i0).lo;
+        seen.hi = fad_visible(&t.seq.span, last_row(t)).hi;
     }
     return seen;
 }

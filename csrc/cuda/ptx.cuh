@@ -2,10 +2,15 @@
 #ifndef FAD_CUDA_PTX_CUH
 #define FAD_CUDA_PTX_CUH
 
+#include "../flash_attn_det.h"
+
+static __device__ __forceinline__ unsigned shared_address(const void *p) {
+    return (unsigned)__cvta_generic_to_shared(p);
+}
+
 /* Starts the copy of 16 bytes from global to shared memory; the last 16 - bytes of them become zeros. */
 static __device__ __forceinline__ void cp_async16(void *to, const void *from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
-                 "l"(from), "r"(bytes)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                  : "memory");
 }
 /* Closes the group of copies that this thread has started. */
@@ -13,6 +18,53 @@ static __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.asyn
 /* Waits until at most PENDING of this thread's groups are unfinished. Other threads see them after a barrier. */
 template <int PENDING> static __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+/* Four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8, 16 bytes. */
+static __device__ __forceinline__ void ldmatrix(unsigned (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+static __device__ __forceinline__ void ldmatrix_transposed(unsigned (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+/* N7, one step: d [16, 8] += a [16, 16] b [16, 8]. Lane 4g + t holds, of d, rows g (0, 1) and g + 8 (2, 3), columns
+ * 2t and 2t + 1. */
+template <fad_dtype T>
+static __device__ __forceinline__ void mma_step(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    if constexpr (T == FAD_BFLOAT16)
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+                     "{%8, %9}, {%0, %1, %2, %3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+                     "{%8, %9}, {%0, %1, %2, %3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* N7: the exp2 of the mma family. */
+static __device__ __forceinline__ float ex2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* Two values rounded to nearest even, low half first. NaN has other bits than the contract's canonical one. */
+template <fad_dtype T> static __device__ __forceinline__ unsigned pack2(float low, float high) {
+    unsigned u;
+    if constexpr (T == FAD_BFLOAT16)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(u) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(u) : "f"(high), "f"(low));
+    return u;
 }
 
 #endif

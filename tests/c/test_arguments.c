@@ -121,6 +121,11 @@ static void problems(void) {
     REFUSED_PACKED("leftpad_k", bad[0] = bad[1] = 0; p.leftpad_k = bad);
     REFUSED_FROM(dense, FAD_UNSUPPORTED, "CUDA", p.device = FAD_CUDA);
     REFUSED_FROM(dense, FAD_UNSUPPORTED, "mma", p.arithmetic = FAD_ARITHMETIC_MMA);
+    REFUSED("'mma_sm90' but the inputs are float32", p.arithmetic = FAD_ARITHMETIC_MMA_SM90);
+    REFUSED("'mma_sm80' but the inputs are float64", p.arithmetic = FAD_ARITHMETIC_MMA_SM80; p.dtype = FAD_FLOAT64);
+    REFUSED_FROM(dense, FAD_UNSUPPORTED, "'mma_sm80' emulates tensor cores on the CPU",
+                 p.arithmetic = FAD_ARITHMETIC_MMA_SM80;
+                 p.dtype = FAD_FLOAT16; p.device = FAD_CUDA);
     CHECK(fad_attn_check(NULL) == FAD_INVALID_ARGUMENT, "null problem");
     CHECK(strstr(fad_last_error(), "null"), "%s", fad_last_error());
 }
@@ -200,8 +205,8 @@ static void constants(void) {
 }
 
 static void schedules(void) {
-    const fad_schedule bad[] = {
-        {.layout = 3}, {.layout = -1}, {.tile_rows = 257}, {.tile_rows = -1}, {.split_parallel = 3}};
+    const fad_schedule bad[] = {{.layout = 3},         {.layout = -1}, {.tile_rows = 257}, {.tile_rows = -1},
+                                {.split_parallel = 3}, {.kernel = 3},  {.kernel = -1}};
     const fad_schedule unknown = {.isa = "abacus"};
     const fad_attn_problem p = dense();
     const fad_runtime r = runtime();

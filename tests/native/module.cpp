@@ -13,6 +13,7 @@
 
 #include "../../csrc/flash_attn_det.h"
 #include "../../csrc/numerics/contract.h"
+#include "../../csrc/numerics/tensor_core.h"
 #include "scan.h"
 
 namespace py = pybind11;
@@ -89,7 +90,7 @@ py::tuple attention(const py::array &q, const py::array &k, const py::array &v, 
     p.out = {out.mutable_data(), p.Sq * p.Hq * p.Dv, p.Hq * p.Dv, p.Dv};
     p.lse = {lse.mutable_data(), p.Hq * p.Sq, 1, p.Sq};
 
-    const fad_schedule schedule = {isa ? isa->c_str() : nullptr, layout, tile_rows, split_parallel};
+    const fad_schedule schedule = {isa ? isa->c_str() : nullptr, layout, tile_rows, split_parallel, 0};
     require_ok(fad_force_schedule(&schedule));
     struct Automatic {
         ~Automatic() { fad_force_schedule(nullptr); }
@@ -116,6 +117,19 @@ py::tuple attention(const py::array &q, const py::array &k, const py::array &v, 
     const fad_partials states = {o.mutable_data(), m.mutable_data(), l.mutable_data(), n};
     require_ok(fad_attn_partials(&p, &states, &runtime));
     return py::make_tuple(o, m, l);
+}
+
+using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+// c [n] plus the products of a and b [n, up to 16], as a tensor core (products, fraction bits, least exponent) rounds it.
+Floats tensor_core_step(std::tuple<int, int, int> rule, const Floats &a, const Floats &b, const Floats &c) {
+    const fad_tensor_core core = {std::get<0>(rule), std::get<1>(rule), std::get<2>(rule)};
+    if (a.ndim() != 2 || b.ndim() != 2 || a.size() != b.size() || c.size() != a.shape(0) || a.shape(1) > 16)
+        throw std::invalid_argument("expected a and b [n, at most 16] and c [n]");
+    Floats d(c.size());
+    for (py::ssize_t i = 0; i < c.size(); i++)
+        d.mutable_at(i) = fad_tensor_core_step(core, a.data(i, 0), b.data(i, 0), (int)a.shape(1), c.at(i));
+    return d;
 }
 
 py::tuple scan(double (*error)(uint32_t), uint32_t first, uint32_t last, uint32_t stride) {
@@ -167,6 +181,14 @@ PYBIND11_MODULE(fad_native, m) {
     m.def("bf16_round", py::vectorize(fad_bf16_round));
     m.def("f16_widen", py::vectorize(fad_f16_widen));
     m.def("f16_round", py::vectorize(fad_f16_round));
+
+    m.def("ex2", py::vectorize(fad_ex2));
+    m.def("ex2_significand", py::vectorize(fad_ex2_significand));
+    m.def("tensor_core", [](int sm, int format_exponent) {
+        const fad_tensor_core core = fad_tensor_core_of(sm, format_exponent);
+        return py::make_tuple(core.products, core.fraction_bits, core.least_exponent);
+    });
+    m.def("tensor_core_step", tensor_core_step);
 
     // (largest error, bits where, floats tried) over the floats whose patterns are first, first + stride, ... <= last
     m.def("scan_exp2", [](uint32_t a, uint32_t z, uint32_t stride) { return scan(fad_error_exp2, a, z, stride); });

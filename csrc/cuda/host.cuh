@@ -1,0 +1,52 @@
+/* What the host side of the kernels shares: errors, launches, the device, where partial states lie in a workspace. */
+#ifndef FAD_CUDA_HOST_CUH
+#define FAD_CUDA_HOST_CUH
+
+#include "../core/backend.h"
+
+/* Set when the core asks for the backend. */
+extern const fad_core_services *fad_core;
+
+fad_status cuda_status(cudaError_t error, const char *what);
+#define TRY(call)                                                                                                      \
+    do {                                                                                                               \
+        const fad_status status_ = (call);                                                                             \
+        if (status_ != FAD_OK)                                                                                         \
+            return status_;                                                                                            \
+    } while (0)
+#define TRY_CUDA(call) TRY(cuda_status(call, #call))
+
+struct Device {
+    int multiprocessors, shared_bytes, compute; /* compute: capability, 90 for 9.0 */
+};
+fad_status get_device(Device *device);
+
+template <class... Args>
+static fad_status launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t shared, void *stream,
+                         Args... args) {
+    if (blocks == 0)
+        return FAD_OK;
+    if (blocks > INT32_MAX)
+        return fad_core->fail(FAD_UNSUPPORTED, "the call needs %lld thread blocks, a launch holds %d",
+                              (long long)blocks, INT32_MAX);
+    TRY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    kernel<<<(unsigned)blocks, threads, shared, (cudaStream_t)stream>>>(args...);
+    return cuda_status(cudaGetLastError(), "kernel launch");
+}
+
+/* Splits that the keys of a sequence can touch. */
+static inline int64_t most_splits(const fad_attn_problem *p) {
+    return fad_split_capacity(p) + (p->k_pos != NULL); /* an offset start can touch one more */
+}
+
+/* One state per split and row at base, each array on a 64-byte boundary; returns the bytes. */
+size_t lay_out_partials(const fad_attn_problem *p, int64_t n_splits, char *base, fad_partials *partials);
+
+/* N8 in kernels of their own: spilled splits to out and lse; the sinks as one more state. */
+fad_status fold_partials(const fad_attn_problem *p, const fad_partials &partials, void *stream);
+fad_status store_sink_states(const fad_attn_problem *p, const fad_partials &partials, void *stream);
+
+/* The families. partials() writes one state per split; the sinks' is the caller's. */
+extern const fad_backend fma_family, mma_family;
+
+#endif

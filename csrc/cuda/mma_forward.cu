@@ -1,0 +1,153 @@
+/* The mma family's scheduler: chooses kernels and tiles, and whether splits run in parallel. Free to change (N1); lengths
+ * are device arrays, so the choices use only shapes. */
+#include "host.cuh"
+#include "mma_kernel.cuh"
+
+struct Plan {
+    const MmaKernel *kernel;
+    int resident;              /* thread blocks that the device holds at once */
+    int64_t n_tiles, n_splits; /* upper bounds for packed calls */
+    int64_t item_splits;       /* consecutive splits that one thread block computes */
+    bool spill;
+};
+
+/* Rows of one kv head of one sequence; of packed sequences, on average. */
+static int64_t typical_rows(const fad_attn_problem *p) {
+    return (p->cu_seqlens_q ? p->Sq / max(p->B, (int64_t)1) : p->Sq) * fad_group(p);
+}
+
+/* The smallest tile that holds the rows of a sequence, else the largest; or the forced one. */
+static const MmaKernel *choose_kernel(const fad_attn_problem *p, const Device &device) {
+    const bool bf16 = p->dtype == FAD_BFLOAT16;
+    const MmaKernels tables[] = {bf16 ? mma_decode_bf16() : mma_decode_fp16(),
+                                 bf16 ? mma_tile_bf16() : mma_tile_fp16()};
+    const int64_t dims = max(p->D, p->Dv), forced = fad_core->forced_schedule()->tile_rows;
+    const int64_t rows = forced ? forced : typical_rows(p);
+    const MmaKernel *best = nullptr;
+    for (const MmaKernels &table : tables)
+        for (const MmaKernel *k = table.begin; k < table.end; k++) {
+            const bool narrowest = k->dims >= dims && (k->dims == 64 || k->dims / 2 < dims);
+            if (narrowest && k->shared_bytes <= (size_t)device.shared_bytes && (!best || best->rows < rows))
+                best = k;
+        }
+    return best;
+}
+
+static fad_status count_resident(const MmaKernel *kernel, const Device &device, int *resident) {
+    int of_one;
+    TRY_CUDA(cudaFuncSetAttribute(kernel->run, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)kernel->shared_bytes));
+    TRY_CUDA(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_one, kernel->run, kernel->threads, kernel->shared_bytes));
+    *resident = of_one * device.multiprocessors;
+    return FAD_OK;
+}
+
+/* How many consecutive splits a thread block should take so that all of them together fill the device about once: every
+ * one has a start and an end to pay for. More waves only where a single one would leave much of the device idle. */
+static int64_t split_run(const Plan &plan) {
+    int64_t best = 1;
+    double best_use = 0;
+    for (int waves = 1; waves <= 3 && plan.n_tiles > 0 && plan.n_splits > 0; waves++) {
+        const int64_t runs = fad_clamp(waves * plan.resident / plan.n_tiles, 1, plan.n_splits);
+        const int64_t length = (plan.n_splits + runs - 1) / runs,
+                      items = plan.n_tiles * ((plan.n_splits + length - 1) / length);
+        const double waves_taken = (double)((items + plan.resident - 1) / plan.resident);
+        const double use = (double)(plan.n_tiles * plan.n_splits) / (waves_taken * plan.resident * length);
+        if (use > best_use * 1.1)
+            best = length, best_use = use;
+    }
+    return best;
+}
+
+/* Kernels read and write rows 16 bytes at a time. The stride of a dimension of one element does not matter. */
+static fad_status check_rows(const fad_attn_problem *p, const char *name, const fad_view &view, int64_t rows,
+                             int64_t heads, int64_t dims) {
+    const int64_t strides = (p->B > 1 && !p->cu_seqlens_q ? view.stride_b : 0) | (rows > 1 ? view.stride_s : 0) |
+                            (heads > 1 ? view.stride_h : 0);
+    if ((strides | dims) % 8 == 0 && (uintptr_t)view.data % 16 == 0)
+        return FAD_OK;
+    return fad_core->fail(
+        FAD_UNSUPPORTED,
+        "%s has head dim %lld, strides %lld, %lld, %lld and address %p: the mma family needs multiples "
+        "of 8 elements (pad with zeros) and of 16 bytes",
+        name, (long long)dims, (long long)view.stride_b, (long long)view.stride_s, (long long)view.stride_h, view.data);
+}
+
+static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
+    Device device;
+    TRY(check_rows(p, "q", p->q, p->Sq, p->Hq, p->D));
+    TRY(check_rows(p, "k", p->k, p->Sk, p->Hk, p->D));
+    TRY(check_rows(p, "v", p->v, p->Sk, p->Hk, p->Dv));
+    TRY(get_device(&device));
+    plan->kernel = choose_kernel(p, device);
+    if (!plan->kernel)
+        return fad_core->fail(FAD_UNSUPPORTED, "head dims %lld and %lld need more shared memory than this device has",
+                              (long long)p->D, (long long)p->Dv);
+    TRY(count_resident(plan->kernel, device, &plan->resident));
+    plan->n_tiles = tile_bound(*p, plan->kernel->rows);
+    plan->n_splits = most_splits(p);
+    plan->item_splits = split_run(*plan);
+    const int forced = fad_core->forced_schedule()->split_parallel;
+    /* Spilling pays where tiles alone leave multiprocessors idle; few rows keep the states small beside K and V. */
+    const bool pays = p->Sq * fad_group(p) <= 256 && plan->item_splits < plan->n_splits;
+    plan->spill = !p->cu_seqlens_q && plan->n_splits > 1 && (forced ? forced == 2 : pays);
+    return FAD_OK;
+}
+
+/* The counter of the items, on a line of its own, and then where running states rest. */
+constexpr size_t COUNTER_BYTES = 64;
+
+static int64_t grid_of(const Plan &plan, int64_t n_items) { return min(n_items, (int64_t)plan.resident); }
+
+static size_t rest_bytes(const Plan &plan) {
+    return plan.n_splits > 1 ? (size_t)grid_of(plan, plan.n_tiles) * plan.kernel->rest_bytes : 0;
+}
+
+static fad_status workspace(const fad_attn_problem *p, int32_t, size_t *bytes) {
+    Plan plan;
+    fad_partials partials;
+    TRY(make_plan(p, &plan));
+    *bytes = plan.spill ? lay_out_partials(p, plan.n_splits, nullptr, &partials) : COUNTER_BYTES + rest_bytes(plan);
+    return FAD_OK;
+}
+
+static fad_status run_splits(const fad_attn_problem *p, const Plan &plan, const fad_partials &partials,
+                             int64_t n_splits, void *stream) {
+    const int64_t runs = (n_splits + plan.item_splits - 1) / plan.item_splits;
+    fad_partials of_splits = partials; /* a sink's state, if there is one, is not the kernel's */
+    of_splits.n_splits = n_splits;
+    const Work work = {plan.n_tiles * runs, plan.n_tiles, plan.item_splits, nullptr, nullptr, of_splits};
+    return launch(plan.kernel->run, work.n_items, plan.kernel->threads, plan.kernel->shared_bytes, stream, *p, work);
+}
+
+/* Every tile with all its splits. Thread blocks take tiles one after the other, because each has a place where its
+ * running state rests. */
+static fad_status run_tiles(const fad_attn_problem *p, const Plan &plan, const fad_runtime *runtime) {
+    Work work = {plan.n_tiles, plan.n_tiles, plan.n_splits, nullptr, (char *)runtime->workspace + COUNTER_BYTES, {}};
+    const int64_t grid = grid_of(plan, work.n_items);
+    if (grid < work.n_items) {
+        work.counter = (unsigned long long *)runtime->workspace;
+        TRY_CUDA(cudaMemsetAsync(work.counter, 0, COUNTER_BYTES, (cudaStream_t)runtime->stream));
+    }
+    return launch(plan.kernel->run, grid, plan.kernel->threads, plan.kernel->shared_bytes, runtime->stream, *p, work);
+}
+
+static fad_status forward(const fad_attn_problem *p, const fad_runtime *runtime) {
+    Plan plan;
+    fad_partials partials;
+    TRY(check_rows(p, "out", p->out, p->Sq, p->Hq, p->Dv));
+    TRY(make_plan(p, &plan));
+    if (!plan.spill)
+        return run_tiles(p, plan, runtime);
+    lay_out_partials(p, plan.n_splits, (char *)runtime->workspace, &partials);
+    TRY(run_splits(p, plan, partials, plan.n_splits, runtime->stream));
+    return fold_partials(p, partials, runtime->stream);
+}
+
+static fad_status partial_states(const fad_attn_problem *p, const fad_partials *partials, const fad_runtime *runtime) {
+    Plan plan;
+    TRY(make_plan(p, &plan));
+    return run_splits(p, plan, *partials, fad_split_capacity(p), runtime->stream);
+}
+
+const fad_backend mma_family = {workspace, forward, partial_states};

@@ -1,0 +1,22 @@
+/* The mma family's kernels as the scheduler sees them. Each table is a file of its own, so that they compile side by
+ * side. */
+#ifndef FAD_CUDA_MMA_KERNEL_CUH
+#define FAD_CUDA_MMA_KERNEL_CUH
+
+#include "work.cuh"
+
+struct MmaKernel {
+    int rows, dims; /* rows of its tile; largest D and Dv */
+    int threads;
+    size_t shared_bytes, rest_bytes; /* of a thread block; rest_bytes: where its running O rests, in the workspace */
+    void (*run)(fad_attn_problem, Work);
+};
+
+/* By rows, then by dims, ascending. */
+struct MmaKernels {
+    const MmaKernel *begin, *end;
+};
+template <int N> static MmaKernels list_kernels(const MmaKernel (&table)[N]) { return {table, table + N}; }
+MmaKernels mma_decode_bf16(), mma_decode_fp16(), mma_tile_bf16(), mma_tile_fp16();
+
+#endif

@@ -1,0 +1,78 @@
+/* Tiles of 16-bit rows in shared memory, for ldmatrix: 16-byte chunks are permuted so that eight rows' chunks of one
+ * column lie in different banks. */
+#ifndef FAD_CUDA_MMA_MEMORY_CUH
+#define FAD_CUDA_MMA_MEMORY_CUH
+
+#include "locate.cuh"
+#include "ptx.cuh"
+
+/* Bytes from the start of a tile whose rows have CHUNKS chunks (a power of two) to a chunk of a row. */
+template <int CHUNKS> static __device__ __forceinline__ int swizzled(int row, int chunk) {
+    constexpr int ROWS_A_LINE = CHUNKS < 8 ? 8 / CHUNKS : 1, MASK = CHUNKS < 8 ? CHUNKS - 1 : 7;
+    return (row * CHUNKS + (chunk ^ (row / ROWS_A_LINE & MASK))) * 16;
+}
+
+/* The packed query rows of a tile, zeros past the active ones. Here and below the scheduler has made sure that rows can
+ * be read 16 bytes at a time. */
+template <int ROWS, int CHUNKS, int THREADS>
+static __device__ __forceinline__ void load_queries(char *to, const fad_attn_problem &p, const Tile &t, int thread) {
+#pragma unroll 2
+    for (int at = thread; at < ROWS * CHUNKS; at += THREADS) {
+        const int r = at / CHUNKS, chunk = at % CHUNKS;
+        const Row row = row_of(t, r);
+        const int64_t first = t.seq.q + row.i * p.q.stride_s + row.h * p.q.stride_h;
+        cp_async16(to + swizzled<CHUNKS>(r, chunk), (const char *)p.q.data + 2 * (first + chunk * 8),
+                   r < t.n_active && chunk * 8 < p.D ? 16 : 0);
+    }
+}
+
+/* K or V of one sequence and kv head. */
+struct Keys {
+    const char *data; /* of key 0 of a KeyRange; may lie before the buffer */
+    int64_t stride;   /* bytes from key to key */
+    int dims;         /* that exist */
+
+    __device__ Keys(const fad_view &view, int64_t first_element, const Tile &t, int64_t first_key, int64_t D)
+        : stride(2 * view.stride_s), dims((int)D) {
+        data = (const char *)view.data + 2 * (first_element + t.head_k * view.stride_h) +
+               (first_key - t.seq.span.k_pos) * stride;
+    }
+
+    /* ROWS keys from number `key` on, CHUNKS chunks from dim first_dim on, by THREADS threads of which this is number
+     * `thread`. Keys outside lo .. hi - 1 become zeros, and so do dims that do not exist: nothing is read there, so
+     * that what nobody sees cannot matter (N4, N11). */
+    template <int ROWS, int CHUNKS, int THREADS>
+    __device__ __forceinline__ void load(char *to, int key, int lo, int hi, int first_dim, int thread) const {
+        static_assert(THREADS % CHUNKS == 0, "a thread stays in one column of chunks");
+        constexpr int STEP = THREADS / CHUNKS;
+        const int chunk = thread % CHUNKS, r = thread / CHUNKS, d = first_dim + chunk * 8;
+        const char *from = data + (key + r) * stride + 2 * d;
+        const int below = d < dims ? hi : lo; /* no key where there is no dim */
+#pragma unroll
+        for (int i = 0; i < ROWS / STEP; i++, from += STEP * stride) {
+            const int number = key + r + i * STEP;
+            cp_async16(to + swizzled<CHUNKS>(r + i * STEP, chunk), from, number >= lo && number < below ? 16 : 0);
+        }
+    }
+};
+
+/* A fragment of 16 rows by 16 values, rows first .. first + 15 and chunks 2 * k and 2 * k + 1. */
+template <int CHUNKS>
+static __device__ __forceinline__ void load_fragment(unsigned (&r)[4], const char *tile, int first, int k) {
+    const int lane = threadIdx.x % 32;
+    ldmatrix(r, tile + swizzled<CHUNKS>(first + lane % 16, 2 * k + lane / 16));
+}
+/* The b operands of 16 keys and 16 dims, from rows that are keys: [0], [1] of keys 0..7, [2], [3] of keys 8..15. */
+template <int CHUNKS>
+static __device__ __forceinline__ void load_key_fragment(unsigned (&r)[4], const char *tile, int first, int k) {
+    const int lane = threadIdx.x % 32;
+    ldmatrix(r, tile + swizzled<CHUNKS>(first + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+}
+/* The b operands of 16 values by 16 keys: [0], [1] of dims 16 n .. + 7, [2], [3] of the next eight. */
+template <int CHUNKS>
+static __device__ __forceinline__ void load_value_fragment(unsigned (&r)[4], const char *tile, int first, int n) {
+    const int lane = threadIdx.x % 32;
+    ldmatrix_transposed(r, tile + swizzled<CHUNKS>(first + lane % 16, 2 * n + lane / 16));
+}
+
+#endif

@@ -1,0 +1,147 @@
+/* From a warp's 16 rows of O to the fold of splits (N8), partial states (N9) and out. Lane 4g + t holds, of each n8
+ * tile, values 2t and 2t + 1 of rows g (elements 0, 1) and g + 8 (2, 3). */
+#ifndef FAD_CUDA_MMA_OUTPUT_CUH
+#define FAD_CUDA_MMA_OUTPUT_CUH
+
+#include "mma_memory.cuh"
+#include "mma_softmax.cuh"
+#include "output.cuh"
+
+/* Final or running states of rows g and g + 8. */
+struct RowPair {
+    float m[2], l[2];
+};
+
+/* N8: folds the split in o and part into the state in `rest` (this thread's values, `stride` apart) and before. */
+template <int N>
+static __device__ __forceinline__ void fold_into(const RowPair &before, const float4 *rest, int stride, RowPair &part,
+                                                 float (&o)[N][4]) {
+    float a[2], b[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float now = fad_f32_max(part.m[i], before.m[i]);
+        a[i] = fad_f32_pow2(fad_f32_sub(before.m[i], now));
+        b[i] = fad_f32_pow2(fad_f32_sub(part.m[i], now));
+        part.l[i] = fad_f32_fold(before.l[i], a[i], part.l[i], b[i]);
+        part.m[i] = now;
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const float4 r = rest[n * stride];
+        o[n][0] = fad_f32_fold(r.x, a[0], o[n][0], b[0]);
+        o[n][1] = fad_f32_fold(r.y, a[0], o[n][1], b[0]);
+        o[n][2] = fad_f32_fold(r.z, a[1], o[n][2], b[1]);
+        o[n][3] = fad_f32_fold(r.w, a[1], o[n][3], b[1]);
+    }
+}
+template <int N> static __device__ __forceinline__ void rest_state(float4 *rest, int stride, const float (&o)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        rest[n * stride] = make_float4(o[n][0], o[n][1], o[n][2], o[n][3]);
+}
+
+/* N9: the quotient of fad_f32_finish_out with one division per row: `inverse` is 1 / l, rounded. Two fused steps give
+ * the correctly rounded quotient (Markstein) as long as nothing in them is subnormal or overflows. */
+static __device__ __forceinline__ float quotient(float o, float l, float inverse) {
+    const float q = fad_f32_mul(o, inverse), exact = fad_f32_fma(fad_f32_fma(-q, l, o), inverse, q);
+    return o == 0 || (fabsf(o) > 0x1p-80f && fabsf(o) < 0x1p100f) ? exact : fad_f32_div(o, l);
+}
+
+/* N9: two values of out, rounded, as one word. */
+template <fad_dtype T> static __device__ __forceinline__ unsigned round_out(float low, float high) {
+    if (low == low && high == high)
+        return pack2<T>(low, high);
+    return T == FAD_BFLOAT16 ? fad_bf16_round(low) | (unsigned)fad_bf16_round(high) << 16
+                             : fad_f16_round(low) | (unsigned)fad_f16_round(high) << 16;
+}
+
+/* N8 (sink), N9, N10 for rows first + g and first + g + 8 of the tile: lse to memory, and out, rounded, to `staged`, a
+ * tile of CHUNKS chunks a row, N * 8 values of it from `first_dim` on. write_lse: this warp is the one that does. */
+template <fad_dtype T, int CHUNKS, int N>
+static __device__ __forceinline__ void finish_rows(const fad_attn_problem &p, const Tile &t, int first,
+                                                   const RowPair &state, const float (&o)[N][4], char *staged,
+                                                   int first_dim, bool write_lse) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int r = first + lane / 4 + half * 8;
+        float m = state.m[half], l = state.l[half], sink = 1;
+        if (r >= t.n_active)
+            m = FAD_F32_SENTINEL, l = 0; /* whatever the unused rows of the tile have computed */
+        if (p.sinks && r < t.n_active)
+            sink = fold_sink(p, t, r, m, l);
+        if (write_lse && lane % 4 == 0 && r < t.n_rows)
+            store_lse(p, t, r, m, l);
+        const float inverse = fad_f32_div(1.0f, l);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            float x[2];
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const float value = p.sinks ? fad_f32_mul(o[n][2 * half + e], sink) : o[n][2 * half + e];
+                x[e] = l < 0.5f ? 0.0f : fad_f32_add(quotient(value, l, inverse), 0.0f);
+            }
+            *(unsigned *)(staged + swizzled<CHUNKS>(r, first_dim / 8 + n) + lane % 4 * 4) = round_out<T>(x[0], x[1]);
+        }
+    }
+}
+
+/* The staged rows of a tile to out. All threads; staged must be complete. */
+template <int ROWS, int CHUNKS, int THREADS>
+static __device__ __forceinline__ void store_staged(const fad_attn_problem &p, const Tile &t, const char *staged,
+                                                    int thread) {
+#pragma unroll 2
+    for (int at = thread; at < ROWS * CHUNKS; at += THREADS) {
+        const int r = at / CHUNKS, chunk = at % CHUNKS;
+        if (r < t.n_rows && chunk * 8 < p.Dv)
+            *(uint4 *)((uint16_t *)out_row(p, t, r).data + chunk * 8) =
+                *(const uint4 *)(staged + swizzled<CHUNKS>(r, chunk));
+    }
+}
+
+static __device__ __forceinline__ float partial_value(float o, bool active) {
+    return active ? fad_f32_canonical(fad_f32_add(o, 0.0f)) : 0;
+}
+
+/* N9: a split's states of rows first + g and first + g + 8, spilled; N * 8 values from `first_dim` on. */
+template <int N>
+static __device__ __forceinline__ void
+spill_rows(const fad_attn_problem &p, const Tile &t, const fad_partials &partials, int64_t nth, int first,
+           const RowPair &state, const float (&o)[N][4], int first_dim, bool write_ml) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int r = first + lane / 4 + half * 8;
+        if (r >= t.n_rows)
+            continue;
+        const bool active = r < t.n_active;
+        if (write_ml && lane % 4 == 0) {
+            const int64_t at = partial_row(p, t, r, nth);
+            ((float *)partials.m)[at] = active ? state.m[half] : FAD_F32_SENTINEL;
+            ((float *)partials.l)[at] = active ? fad_f32_canonical(state.l[half]) : 0;
+        }
+        float *to = (float *)partials.o + partial_values(p, t, r, nth);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            const int d = first_dim + 8 * n + lane % 4 * 2;
+            if (d < p.Dv) /* Dv is even */
+                *(float2 *)(to + d) =
+                    make_float2(partial_value(o[n][2 * half], active), partial_value(o[n][2 * half + 1], active));
+        }
+    }
+}
+
+/* N9, N10: the empty states of splits from .. to - 1, which no row of the tile sees. All threads. */
+static __device__ __noinline__ void spill_empty(const fad_attn_problem &p, const Tile &t, const fad_partials &partials,
+                                                int64_t from, int64_t to, int thread, int threads) {
+    for (int64_t nth = from; nth < to; nth++)
+        for (int r = 0; r < t.n_rows; r++) {
+            const int64_t at = partial_row(p, t, r, nth), values = partial_values(p, t, r, nth);
+            if (thread == 0)
+                ((float *)partials.m)[at] = FAD_F32_SENTINEL, ((float *)partials.l)[at] = 0;
+            for (int d = thread; d < p.Dv; d += threads)
+                ((float *)partials.o)[values + d] = 0;
+        }
+}
+
+#endif

@@ -1,0 +1,211 @@
+/* The softmax of the mma family (N4 to N7) on the fragments that matrix instructions leave: a warp holds 16 rows by 64
+ * keys, of which lane 4g + t has rows g and g + 8 and, of every eight keys, 2t and 2t + 1. mma.sync and wgmma agree on
+ * that, so all kernels share this file. */
+#ifndef FAD_CUDA_MMA_SOFTMAX_CUH
+#define FAD_CUDA_MMA_SOFTMAX_CUH
+
+#include "ptx.cuh"
+#include "work.cuh"
+
+constexpr int BLOCK_KEYS = FAD_BLOCK_KV;
+constexpr int KEY_TILES = BLOCK_KEYS / 8; /* n8 tiles of a block */
+
+/* Scores of a warp's 16 rows and one block: [n8 tile][row g: 0, 1; row g + 8: 2, 3]. */
+typedef float ScoreTile[KEY_TILES][4];
+
+/* N5: how a score comes from a dot product. */
+struct ScoreRule {
+    float c, scaled, softcap;
+    int plain;
+    bool alibi;
+    __device__ explicit ScoreRule(const fad_attn_problem &p)
+        : scaled((float)(p.softcap > 0 ? p.scale / p.softcap : p.scale)), softcap((float)p.softcap),
+          alibi(p.alibi_slopes != nullptr) {
+        c = fad_f32_score_factor(p.scale, p.softcap > 0 || alibi, &plain);
+    }
+};
+
+/* What masks and ALiBi need of each row of a tile, in shared memory; keys as in KeyRange. Rows past n_active see
+ * nothing. */
+template <int ROWS> struct RowTable {
+    int lo[ROWS], hi[ROWS], pos[ROWS]; /* keys seen, and the row's own */
+    float slope[ROWS];                 /* -slope */
+
+    __device__ void fill(const fad_attn_problem &p, const Tile &t, const KeyRange &range, int thread, int threads) {
+#pragma unroll 1
+        for (int r = thread; r < ROWS; r += threads) {
+            const Row row = row_of(t, r);
+            const bool active = r < t.n_active;
+            const fad_interval seen = fad_visible(&t.seq.span, row.i);
+            lo[r] = active ? (int)fad_clamp(seen.lo - range.first, 0, INT32_MAX) : 0;
+            hi[r] = active ? (int)fad_clamp(seen.hi - range.first, 0, INT32_MAX) : 0;
+            pos[r] = active ? (int)(fad_query_position(&t.seq.span, row.i) - range.first) : 0; /* ALiBi's are short */
+            slope[r] =
+                active && p.alibi_slopes ? -((const float *)p.alibi_slopes)[t.seq.index * p.alibi_stride_b + row.h] : 0;
+        }
+    }
+
+    /* N5 for a block of a warp's rows, the first of which is `first`: x from s. HALVES is 1 where a warp has only the
+     * rows g. */
+    template <int HALVES = 2>
+    __device__ __forceinline__ void apply_options(ScoreTile &s, const ScoreRule &rule, int first, int block) const {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int e = 0; e < 2 * HALVES; e++) {
+            const int r = first + lane / 4 + e / 2 * 8;
+            const float minus_slope = slope[r];
+            const int distance = pos[r] - block * BLOCK_KEYS - lane % 4 * 2 - e % 2; /* of the tile's first key */
+#pragma unroll
+            for (int n = 0; n < KEY_TILES; n++) {
+                s[n][e] = fad_f32_scaled_score(s[n][e], rule.scaled, rule.softcap);
+                if (rule.alibi)
+                    s[n][e] = fad_f32_fma(minus_slope, fabsf((float)(distance - n * 8)), s[n][e]);
+            }
+        }
+    }
+
+    /* N4: -inf where a row does not see a key. */
+    template <int HALVES = 2> __device__ __forceinline__ void mask(ScoreTile &s, int first, int block) const {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int half = 0; half < HALVES; half++) {
+            const int r = first + lane / 4 + half * 8, here = block * BLOCK_KEYS + lane % 4 * 2;
+            const int from = lo[r] - here, to = hi[r] - here;
+#pragma unroll
+            for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    if (n * 8 + e < from || n * 8 + e >= to)
+                        s[n][half * 2 + e] = -INFINITY;
+        }
+    }
+
+    /* The keys of a block that row r sees: what is outside it is not there. */
+    __device__ __forceinline__ fad_interval seen(int r, int block) const {
+        return {lo[r] - block * BLOCK_KEYS, hi[r] - block * BLOCK_KEYS};
+    }
+};
+
+/* The largest score of rows g and g + 8; NaN does not count. */
+template <int HALVES> static __device__ __forceinline__ void row_maxima(const ScoreTile &s, float (&x_max)[HALVES]) {
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) {
+        float best = fmaxf(s[0][2 * half], s[0][2 * half + 1]);
+#pragma unroll
+        for (int n = 1; n < KEY_TILES; n++)
+            best = fmaxf(best, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+        best = best != best ? -INFINITY : best; /* nothing but NaN */
+        best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
+        x_max[half] = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+    }
+}
+
+/* N6 where |m| > LIMIT, and everywhere. */
+static __device__ __forceinline__ float far_argument(float x, float c, float m) {
+    return fabsf(m) > FAD_F32_LIMIT ? fad_f32_sub(fad_f32_mul(x, c), m) : fad_f32_fma(x, c, -m);
+}
+
+/* N6, N7: s becomes p, and sum this lane's b_t of both rows. argument(x, half) is what exp2 gets. */
+template <int HALVES, class Argument>
+static __device__ __forceinline__ void probabilities(ScoreTile &s, float (&sum)[HALVES], Argument argument) {
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+        for (int half = 0; half < HALVES; half++) {
+            float &low = s[n][2 * half], &high = s[n][2 * half + 1];
+            low = ex2(argument(low, half));
+            high = ex2(argument(high, half));
+            const float pair = fad_f32_add(low, high);
+            sum[half] = n == 0 ? pair : fad_f32_add(sum[half], pair);
+        }
+}
+
+/* The running state of rows g and g + 8, but for O: references and this lane's l_t.
+ *
+ * As long as every |t| of the warp stays within LIMIT, references are kept as r = MAGIC + m: one fma rounds a score to
+ * its integer, and the difference of two bit patterns is the exponent of the rescale factor. The state that has seen
+ * nothing is r = EMPTY there, below any reference. Beyond (`far`, rare), r is m and everything is done as softmax.inc
+ * says. */
+struct RunningState {
+    static constexpr float EMPTY = FAD_F32_MAGIC - FAD_F32_LIMIT;
+    static constexpr unsigned LOWEST = 0x4b000001u, SPAN = 0x7ffffeu; /* bits of EMPTY + 1, and up to 2^24 - 1 */
+    float r[2], l[2];
+    bool far; /* of the warp */
+
+    __device__ __forceinline__ void clear() {
+        r[0] = r[1] = EMPTY;
+        l[0] = l[1] = 0;
+        far = false;
+    }
+
+    /* N6: moves the references to a block with these maxima. alpha: what O and l are to be multiplied by. Returns
+     * whether any row of the warp moved. partial: rows may have seen no key of the block. */
+    __device__ __forceinline__ bool advance(const float (&x_max)[2], float c, bool partial, float (&alpha)[2]) {
+        float now[2];
+        bool near = !far;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const bool none = partial && x_max[i] == -INFINITY;
+            now[i] = none ? EMPTY : fad_f32_fma(x_max[i], c, FAD_F32_MAGIC);
+            near &= none || fad_f32_bits(now[i]) - LOWEST <= SPAN;
+            now[i] = fmaxf(now[i], r[i]);
+        }
+        if (!__all_sync(~0u, near))
+            return advance_far(x_max, c, alpha);
+        const bool moved = __any_sync(~0u, (now[0] != r[0]) | (now[1] != r[1]));
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int below = (int)(fad_f32_bits(r[i]) - fad_f32_bits(now[i]));
+            alpha[i] = fad_f32_from_bits((unsigned)(max(below, -127) + 127) << 23);
+            r[i] = now[i];
+        }
+        return moved;
+    }
+
+    /* m of row half. */
+    __device__ __forceinline__ float reference(int half) const {
+        if (far)
+            return r[half];
+        return r[half] == EMPTY ? FAD_F32_SENTINEL : fad_f32_sub(r[half], FAD_F32_MAGIC);
+    }
+
+    __device__ __forceinline__ bool advance_far(const float (&x_max)[2], float c, float (&alpha)[2]) {
+        r[0] = reference(0);
+        r[1] = reference(1);
+        far = true;
+        bool moved = false;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float now = fad_f32_reference(r[i], x_max[i], c);
+            alpha[i] = fad_f32_pow2(fad_f32_sub(r[i], now));
+            moved |= now != r[i];
+            r[i] = now;
+        }
+        return __any_sync(~0u, moved);
+    }
+
+    /* s becomes p of the references that advance() left, which also gave alpha. */
+    __device__ __forceinline__ void exponentiate(ScoreTile &s, float c, const float (&alpha)[2]) {
+        float sum[2];
+        if (!far) {
+            const float m[2] = {fad_f32_sub(r[0], FAD_F32_MAGIC), fad_f32_sub(r[1], FAD_F32_MAGIC)};
+            probabilities(s, sum, [&](float x, int half) { return fad_f32_fma(x, c, -m[half]); });
+        } else {
+            probabilities(s, sum, [&](float x, int half) { return far_argument(x, c, r[half]); });
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            l[i] = fad_f32_add(fad_f32_mul(l[i], alpha[i]), sum[i]);
+    }
+
+    /* N7, the end of a split: every lane of a row's four gets its l. */
+    __device__ __forceinline__ void sum_lanes() {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            l[i] = fad_f32_add(l[i], __shfl_xor_sync(~0u, l[i], 1));
+            l[i] = fad_f32_add(l[i], __shfl_xor_sync(~0u, l[i], 2));
+        }
+    }
+};
+
+#endif

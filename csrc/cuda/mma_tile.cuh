@@ -1,0 +1,259 @@
+/* The generic tile kernel of the mma family: mma.sync and cp.async, for compute capability 8.0 and above.
+ *
+ * A thread block takes a tile of ROWS packed query rows; each of its warps owns MT times 16 of them and walks the blocks
+ * of 64 keys that some row sees. K and V have one buffer each: while the scores are computed V is on its way, and K of
+ * the next block during softmax and values. */
+#ifndef FAD_CUDA_MMA_TILE_CUH
+#define FAD_CUDA_MMA_TILE_CUH
+
+#include "mma_kernel.cuh"
+#include "mma_output.cuh"
+#include "mma_values.cuh"
+#include "work.cuh"
+
+template <fad_dtype T_, int D_, int WARPS_, int MT_, int RESIDENT_> struct MmaTileShape {
+    static constexpr fad_dtype T = T_;
+    static constexpr int D = D_; /* of q, k and v, zero-padded */
+    static constexpr int WARPS = WARPS_, MT = MT_, RESIDENT = RESIDENT_;
+    static constexpr int THREADS = WARPS * 32, ROWS = WARPS * MT * 16;
+    static constexpr int CHUNKS = D / 8; /* of 16 bytes, in a row */
+    static constexpr int N = D / 8;      /* n8 tiles of O */
+    static constexpr int REST = MT * N;  /* float4 per thread that hold a running O */
+};
+
+template <class S> struct MmaTileShared {
+    alignas(128) char q[S::ROWS * S::D * 2]; /* and out, staged */
+    char k[BLOCK_KEYS * S::D * 2], v[BLOCK_KEYS * S::D * 2];
+    RowTable<S::ROWS> rows;
+    float total_m[S::ROWS], total_l[S::ROWS]; /* the state of the splits before */
+    Tile t;
+    KeyRange range;
+    int64_t number;
+};
+
+/* The part of a warp: 16 * MT rows, from row `first` of the tile. */
+template <class S> struct MmaWarp {
+    const fad_attn_problem &p;
+    MmaTileShared<S> &sm;
+    const ScoreRule rule;
+    const int first;
+    RunningState state[S::MT];
+    float o[S::MT][S::N][4];
+
+    __device__ MmaWarp(const fad_attn_problem &problem, MmaTileShared<S> &shared)
+        : p(problem), sm(shared), rule(problem), first(threadIdx.x / 32 * S::MT * 16) {}
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int mt = 0; mt < S::MT; mt++) {
+            state[mt].clear();
+#pragma unroll
+            for (int n = 0; n < S::N; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    o[mt][n][e] = 0;
+        }
+    }
+
+    /* N7: S = Q K^T, chains of steps over d. */
+    __device__ __forceinline__ void scores(ScoreTile (&s)[S::MT]) const {
+#pragma unroll
+        for (int mt = 0; mt < S::MT; mt++)
+#pragma unroll
+            for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    s[mt][n][e] = 0;
+#pragma unroll
+        for (int k = 0; k < S::D / 16; k++) {
+            unsigned a[S::MT][4];
+#pragma unroll
+            for (int mt = 0; mt < S::MT; mt++)
+                load_fragment<S::CHUNKS>(a[mt], sm.q, first + 16 * mt, k);
+#pragma unroll
+            for (int n = 0; n < KEY_TILES / 2; n++) {
+                unsigned b[4];
+                load_key_fragment<S::CHUNKS>(b, sm.k, 16 * n, k);
+#pragma unroll
+                for (int mt = 0; mt < S::MT; mt++) {
+                    mma_step<S::T>(s[mt][2 * n], a[mt], b[0], b[1]);
+                    mma_step<S::T>(s[mt][2 * n + 1], a[mt], b[2], b[3]);
+                }
+            }
+        }
+    }
+
+    /* N4 to N7: from scores to the a operands of the values step; O and l meet the references' move. */
+    __device__ __forceinline__ void softmax(ScoreTile (&s)[S::MT], int block, bool partial,
+                                            ProbabilityFragments (&a)[S::MT]) {
+#pragma unroll
+        for (int mt = 0; mt < S::MT; mt++) {
+            float x_max[2], alpha[2];
+            if (!rule.plain)
+                sm.rows.apply_options(s[mt], rule, first + 16 * mt, block);
+            if (partial)
+                sm.rows.mask(s[mt], first + 16 * mt, block);
+            row_maxima(s[mt], x_max);
+            if (state[mt].advance(x_max, rule.c, partial, alpha))
+                rescale(o[mt], alpha);
+            state[mt].exponentiate(s[mt], rule.c, alpha);
+            round_probabilities<S::T>(a[mt], s[mt]);
+        }
+    }
+
+    /* N7: O += P V, chains of steps over keys. */
+    __device__ __forceinline__ void values(const ProbabilityFragments (&a)[S::MT], int block, bool partial) {
+        if (partial && values_not_finite<S::T, S::CHUNKS>(sm.v)) {
+#pragma unroll
+            for (int mt = 0; mt < S::MT; mt++)
+                add_values_guarded<S::T, S::CHUNKS>(o[mt], a[mt], sm.v,
+                                                    [&](int r) { return sm.rows.seen(first + 16 * mt + r, block); });
+            return;
+        }
+#pragma unroll
+        for (int k = 0; k < BLOCK_KEYS / 16; k++)
+#pragma unroll
+            for (int n = 0; n < S::N / 2; n++) {
+                unsigned b[4];
+                load_value_fragment<S::CHUNKS>(b, sm.v, 16 * k, n);
+#pragma unroll
+                for (int mt = 0; mt < S::MT; mt++) {
+                    mma_step<S::T>(o[mt][2 * n], a[mt][k], b[0], b[1]);
+                    mma_step<S::T>(o[mt][2 * n + 1], a[mt][k], b[2], b[3]);
+                }
+            }
+    }
+
+    /* The end of a split: o and the shared totals become those of all splits so far. rest: where the O of the splits
+     * before rests, if there are any. */
+    __device__ __forceinline__ void close_split(bool fold, const float4 *rest) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int mt = 0; mt < S::MT; mt++) {
+            const int r = first + 16 * mt + lane / 4;
+            RowPair part;
+            state[mt].sum_lanes();
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                part.m[half] = state[mt].reference(half);
+                part.l[half] = state[mt].l[half];
+            }
+            if (fold)
+                fold_into(total(mt), rest + mt * S::N * S::THREADS, S::THREADS, part, o[mt]);
+            __syncwarp(); /* totals may be overwritten */
+            if (lane % 4 == 0) {
+                sm.total_m[r] = part.m[0], sm.total_m[r + 8] = part.m[1];
+                sm.total_l[r] = part.l[0], sm.total_l[r + 8] = part.l[1];
+            }
+            __syncwarp(); /* totals may be read */
+        }
+    }
+    __device__ __forceinline__ RowPair total(int mt) const {
+        const int r = first + 16 * mt + threadIdx.x % 32 / 4;
+        return {{sm.total_m[r], sm.total_m[r + 8]}, {sm.total_l[r], sm.total_l[r + 8]}};
+    }
+    __device__ __forceinline__ void spill(const fad_partials &partials, int64_t split) const {
+#pragma unroll
+        for (int mt = 0; mt < S::MT; mt++)
+            spill_rows(p, sm.t, partials, split, first + 16 * mt, total(mt), o[mt], 0, true);
+    }
+    __device__ __forceinline__ void rest_all(float4 *rest) const {
+#pragma unroll
+        for (int mt = 0; mt < S::MT; mt++)
+            rest_state(rest + mt * S::N * S::THREADS, S::THREADS, o[mt]);
+    }
+};
+
+/* Every block of the range: scores, softmax, values; splits are folded as they end, or spilled. Returns
+ * how many they were. */
+template <class S>
+static __device__ __forceinline__ int mma_tile_blocks(const fad_attn_problem &p, const fad_partials &partials,
+                                                      MmaWarp<S> &warp, float4 *rest) {
+    MmaTileShared<S> &sm = warp.sm;
+    const KeyRange &range = sm.range;
+    const Keys keys(p.k, sm.t.seq.k, sm.t, range.first, p.D), values(p.v, sm.t.seq.v, sm.t, range.first, p.Dv);
+    auto load = [&](const Keys &from, char *to, int block) {
+        from.template load<BLOCK_KEYS, S::CHUNKS, S::THREADS>(to, block * BLOCK_KEYS, range.lo, range.hi, 0,
+                                                              threadIdx.x);
+        cp_async_commit();
+    };
+    int to_split_end = range.to_split_end, splits = 0;
+    bool resting = false;
+    load(keys, sm.k, 0);
+    for (int block = 0; block < range.blocks; block++) {
+        const bool partial = range.partial(block), last = block + 1 == range.blocks;
+        ScoreTile s[S::MT];
+        ProbabilityFragments a[S::MT];
+        cp_async_wait<0>();
+        __syncthreads(); /* k may be read, v overwritten */
+        load(values, sm.v, block);
+        warp.scores(s);
+        cp_async_wait<0>();
+        __syncthreads(); /* v may be read, k overwritten */
+        if (!last)
+            load(keys, sm.k, block + 1);
+        warp.softmax(s, block, partial, a);
+        warp.values(a, block, partial);
+        if (--to_split_end == 0 || last) {
+            warp.close_split(resting && !partials.o, rest);
+            if (partials.o)
+                warp.spill(partials, range.split + splits);
+            splits++;
+            if (!last) {
+                if (!partials.o)
+                    warp.rest_all(rest);
+                warp.clear();
+                resting = true;
+                to_split_end = range.split_blocks;
+            }
+        }
+    }
+    return splits;
+}
+
+/* One item of work: every split of a tile folded as it comes, or a run of splits as partial states. */
+template <class S>
+static __device__ __forceinline__ void mma_tile_item(const fad_attn_problem &p, const Work &work,
+                                                     MmaTileShared<S> &sm) {
+    const KeyRange &range = sm.range;
+    MmaWarp<S> warp(p, sm);
+    load_queries<S::ROWS, S::CHUNKS, S::THREADS>(sm.q, p, sm.t, threadIdx.x);
+    sm.rows.fill(p, sm.t, sm.range, threadIdx.x, S::THREADS);
+    for (int r = threadIdx.x; r < S::ROWS; r += S::THREADS)
+        sm.total_m[r] = FAD_F32_SENTINEL, sm.total_l[r] = 0;
+    warp.clear();
+    int splits = 0;
+    if (range.blocks > 0)
+        splits = mma_tile_blocks(p, work.partials, warp,
+                                 (float4 *)work.rest + (int64_t)blockIdx.x * S::REST * S::THREADS + threadIdx.x);
+    cp_async_wait<0>(); /* q is on its way where there is no block */
+    __syncthreads();    /* totals may be read, q overwritten */
+    if (work.partials.o) {
+        spill_empty(p, sm.t, work.partials, range.from, range.split, threadIdx.x, S::THREADS);
+        spill_empty(p, sm.t, work.partials, range.split + splits, range.to, threadIdx.x, S::THREADS);
+        return;
+    }
+#pragma unroll
+    for (int mt = 0; mt < S::MT; mt++)
+        finish_rows<S::T, S::CHUNKS>(p, sm.t, warp.first + 16 * mt, warp.total(mt), warp.o[mt], sm.q, 0, true);
+    __syncthreads(); /* out is staged */
+    store_staged<S::ROWS, S::CHUNKS, S::THREADS>(p, sm.t, sm.q, threadIdx.x);
+}
+
+template <class S>
+__global__ void __launch_bounds__(S::THREADS, S::RESIDENT)
+    mma_tile_kernel(const __grid_constant__ fad_attn_problem p, const __grid_constant__ Work work) {
+    extern __shared__ __align__(128) char shared_memory[];
+    MmaTileShared<S> &sm = *(MmaTileShared<S> *)shared_memory;
+    for (int64_t number = first_item(work); number < work.n_items; number = next_item(work, &sm.number)) {
+        if (share_item(p, work, S::ROWS, number, sm.t, sm.range))
+            mma_tile_item<S>(p, work, sm);
+    }
+}
+
+template <class S> static MmaKernel mma_tile_of() {
+    return {S::ROWS,           S::D, S::THREADS, sizeof(MmaTileShared<S>), S::REST * S::THREADS * sizeof(float4),
+            mma_tile_kernel<S>};
+}
+
+#endif

@@ -1,0 +1,94 @@
+/* What a launch has to do, and which thread block does which part: nothing that bits depend on (N1). */
+#ifndef FAD_CUDA_WORK_CUH
+#define FAD_CUDA_WORK_CUH
+
+#include "locate.cuh"
+
+/* n_items items: the tiles, or with partials.o the tiles of each run of item_splits splits, tile = item % n_tiles. With
+ * a counter, which starts at 0, a thread block takes the next item whenever it has finished one; without, block i takes
+ * item i. */
+struct Work {
+    int64_t n_items, n_tiles, item_splits;
+    unsigned long long *counter;
+    void *rest;            /* where a thread block's running O rests between splits */
+    fad_partials partials; /* null unless splits are spilled */
+};
+
+static __device__ __forceinline__ int64_t first_item(const Work &) { return blockIdx.x; }
+
+/* The next item of this thread block. shared: one value in shared memory. */
+static __device__ __forceinline__ int64_t next_item(const Work &work, int64_t *shared) {
+    if (!work.counter)
+        return work.n_items;
+    __syncthreads(); /* nobody reads the item before, or anything else of it */
+    if (threadIdx.x == 0)
+        *shared = (int64_t)atomicAdd(work.counter, 1ull) + gridDim.x;
+    __syncthreads(); /* the number may be read */
+    return *shared;
+}
+
+/* The blocks of keys that an item walks. Numbers of keys count from `first`, a multiple of BLOCK_KV: 32 bits hold them,
+ * because the core refuses longer buffers. */
+struct KeyRange {
+    int64_t first;        /* position */
+    int blocks;           /* how many */
+    int lo, hi;           /* keys that some row sees */
+    int full_lo, full_hi; /* keys that every row sees */
+    int split_blocks;     /* blocks of a whole split, */
+    int to_split_end;     /* and up to the end of the first */
+    int64_t split;        /* the first split, counted from the sequence's first, */
+    int64_t from, to;     /* and those that the item is to spill */
+
+    __device__ __forceinline__ bool partial(int block) const {
+        return block * FAD_BLOCK_KV < full_lo || (block + 1) * FAD_BLOCK_KV > full_hi;
+    }
+};
+
+/* More than any sequence has: positions are below 2^33. */
+constexpr int64_t MOST_SPLITS = INT64_C(1) << 27;
+
+/* What some row of the tile sees: of all splits, or of those from .. to - 1, counted from the sequence's first. */
+static __device__ KeyRange key_range(const fad_attn_problem &p, const Tile &t, int64_t from, int64_t to) {
+    KeyRange range = {};
+    const int64_t first_split = fad_partition_first(t.seq.span.k_pos, p.split_size);
+    range.from = range.split = from;
+    range.to = to;
+    fad_interval seen = {0, 0}, full = {0, 0};
+    if (t.n_active) {
+        const fad_interval first = fad_visible(&t.seq.span, t.i0);
+        const fad_interval last = fad_visible(&t.seq.span, last_row(t));
+        seen = {first.lo, last.hi};
+        full = {last.lo, first.hi};
+    }
+    seen.lo = max(seen.lo, (first_split + from) * p.split_size);
+    seen.hi = min(seen.hi, (first_split + to) * p.split_size);
+    if (seen.hi <= seen.lo)
+        return range;
+    range.first = seen.lo / FAD_BLOCK_KV * FAD_BLOCK_KV;
+    range.lo = (int)(seen.lo - range.first);
+    range.hi = (int)(seen.hi - range.first);
+    range.full_lo = (int)fad_clamp(full.lo - range.first, 0, INT32_MAX);
+    range.full_hi = (int)fad_clamp(full.hi - range.first, 0, INT32_MAX);
+    range.blocks = (range.hi + FAD_BLOCK_KV - 1) / FAD_BLOCK_KV;
+    const int64_t split_blocks = p.split_size / FAD_BLOCK_KV;
+    range.split_blocks = (int)min(split_blocks, (int64_t)INT32_MAX);
+    range.split = seen.lo / p.split_size - first_split;
+    range.to_split_end = (int)min(split_blocks - range.first / FAD_BLOCK_KV % split_blocks, (int64_t)INT32_MAX);
+    return range;
+}
+
+/* Which tile and keys an item is, into shared memory; false if there is nothing in it. */
+static __device__ bool share_item(const fad_attn_problem &p, const Work &work, int rows, int64_t number, Tile &t,
+                                  KeyRange &range) {
+    if (!share_tile(p, rows, number % work.n_tiles, t))
+        return false;
+    if (threadIdx.x == 0) {
+        const int64_t from = number / work.n_tiles * work.item_splits;
+        range =
+            key_range(p, t, from, work.partials.o ? min(from + work.item_splits, work.partials.n_splits) : MOST_SPLITS);
+    }
+    __syncthreads(); /* the range may be read */
+    return true;
+}
+
+#endif
