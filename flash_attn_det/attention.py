@@ -18,7 +18,7 @@ from .merge import Partials
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LAYOUTS = {3: "[rows, heads, head_dim]", 4: "[batch, rows, heads, head_dim]"}
-_ARITHMETIC = {"auto": 0, "fma": 1, "mma": 2}
+_ARITHMETIC = {"auto": 0, "fma": 1, "mma": 2, "mma_sm90": 3, "mma_sm80": 4}
 
 
 def _check_tensor(name: str, t: Tensor) -> None:
@@ -115,7 +115,7 @@ def _arguments(
         cu_seqlens_k = _lengths("cu_seqlens_k", cu_seqlens[1], q, no_lengths, 1)
         batch = cu_seqlens_q.shape[0] - 1
     if arithmetic not in _ARITHMETIC:
-        raise ValueError(f"arithmetic is {arithmetic!r}, expected 'auto', 'fma' or 'mma'")
+        raise ValueError(f"arithmetic is {arithmetic!r}, expected one of {', '.join(map(repr, _ARITHMETIC))}")
     head_dim = q.shape[-1]
     return (
         q, k, v, cu_seqlens_q, cu_seqlens_k,
@@ -174,6 +174,9 @@ def attn(
     arithmetic: "fma" is the portable family with the same bits on every CPU and GPU; "mma" is that of tensor cores;
         "auto" is "mma" for float16 and bfloat16 on a CUDA device and "fma" otherwise. Changes bits.
         There is no "mma" kernel yet: 16-bit tensors on a CUDA device need arithmetic="fma".
+        "mma_sm90" computes on the CPU, for float16 and bfloat16, what "mma" gives on a GPU of compute capability 9.0:
+        for audits, about 20 times slower than "fma". "mma_sm80" does so for 8.0, after what others have published; this
+        project has not compared it with a GPU.
 
     Returns out [B, Sq, Hq, Dv], contiguous, in q's dtype; with return_lse also the log-sum-exp of the scores, lse
     [B, Hq, Sq] in the compute dtype (float64 for float64 inputs, else float32). A row that sees no key has out = 0 and

@@ -7,6 +7,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from .commands import CannotRun, markdown
+
 RICH_MISSING = (
     "flash-attn-det {command} prints its tables with the package 'rich', which is not installed: "
     "pip install 'flash-attn-det[cli]'"
@@ -21,39 +23,62 @@ def build_parser() -> argparse.ArgumentParser:
     verify = commands.add_parser(
         "verify", help="compare bits, accuracy, time and memory on this machine; exit code 1 when anything fails"
     )
-    verify.add_argument(
-        "--markdown",
-        nargs="?",
-        const=Path("VERIFIED_RESULTS.md"),
-        type=Path,
-        metavar="FILE",
-        help="also write the results as markdown (default file: VERIFIED_RESULTS.md)",
-    )
+    _add_device(verify, "default: the CPU, and the GPU if there is one")
+    _add_markdown(verify)
 
-    bench = commands.add_parser("bench", help="time and memory beside torch's scaled_dot_product_attention")
+    bench = commands.add_parser("bench", help="time, accuracy and memory beside other attentions")
+    _add_device(bench, "default: the GPU if there is one, else the CPU")
     size = bench.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="a few small cases, in about a minute")
-    size.add_argument("--full", action="store_true", help="also the cases of more than 0.6 TFLOP, which take an hour")
-    bench.add_argument("--only", choices=("prefill", "decode"), help="one of the two groups")
-    bench.add_argument("--dtype", choices=("float32", "bfloat16"), help="one of the two dtypes")
+    size.add_argument("--quick", action="store_true", help="a few cases, in about a minute")
+    size.add_argument(
+        "--full", action="store_true", help="CPU: also the cases of more than 0.6 TFLOP, which take an hour"
+    )
     bench.add_argument(
-        "--threads",
-        type=_positive,
+        "--only",
+        choices=("prefill", "decode", "few", "short", "fork", "split"),
         nargs="+",
-        default=[1, 2],
-        metavar="N",
-        help="thread counts to run with (default: 1 2)",
+        help="some of the groups; the CPU has prefill and decode",
+    )
+    bench.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="one of the dtypes")
+    bench.add_argument(
+        "--threads", type=_positive, nargs="+", metavar="N", help="CPU: thread counts to run with (default: 1 2)"
+    )
+    bench.add_argument(
+        "--flex", action="store_true", help="GPU: also FlexAttention, which is compiled for each case (minutes)"
     )
     bench.add_argument("--csv", type=Path, metavar="FILE", help="also write every figure as CSV")
     bench.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
-        help="also draw the ratios; needs matplotlib: pip install 'flash-attn-det[bench]'",
+        help="also draw the figures; needs matplotlib: pip install 'flash-attn-det[bench]'",
     )
+    _add_markdown(bench)
 
     commands.add_parser("info", help="versions, constants, instruction sets and settings")
     return parser
+
+
+def _add_device(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), help=f"where to run ({default})")
+
+
+def _add_markdown(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--markdown",
+        nargs="?",
+        const="VERIFIED_RESULTS.md",
+        type=_report,
+        metavar="FILE",
+        help="also write the results into this device's section of a markdown report (default: VERIFIED_RESULTS.md)",
+    )
+
+
+def _report(text: str) -> Path:
+    refusal = markdown.refusal(Path(text))
+    if refusal is not None:
+        raise argparse.ArgumentTypeError(refusal)
+    return Path(text)
 
 
 def _positive(text: str) -> int:
@@ -73,7 +98,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(RICH_MISSING.format(command=arguments.command), file=sys.stderr)
         return 2
-    return command.run(arguments)
+    try:
+        return command.run(arguments)
+    except CannotRun as error:
+        print(f"flash-attn-det {arguments.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

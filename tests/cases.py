@@ -168,3 +168,43 @@ def _shapes() -> list[Case]:
 
 
 CASES: tuple[Case, ...] = (*_variants(), *_shapes())
+
+
+def _large() -> list[Case]:
+    calls: list[dict[str, Any]] = [
+        {"name": "plain"},
+        {"name": "causal", "options": (("causal", True),)},
+        {"name": "causal D 64", "B": 1, "Sq": 1300, "Hq": 8, "Hk": 1, "D": 64, "options": (("causal", True),)},
+        {"name": "D 96 Dv 80", "D": 96, "Dv": 80},
+        {"name": "D 192 Dv 128", "D": 192, "Dv": 128, "options": (("causal", True), ("split_size", 192))},
+        {"name": "D 256", "B": 1, "D": 256, "Dv": 256, "options": (("causal", True),)},
+        {"name": "D 72 Dv 200", "D": 72, "Dv": 200, "options": (("split_size", 320),)},
+        {"name": "group of 7", "B": 1, "Sq": 150, "Hq": 14, "D": 64, "options": (("causal", True),)},
+        {"name": "window", "D": 64, "options": (("window", (300, 200)), ("split_size", 192))},
+        {"name": "causal window", "options": (("causal", True), ("window", (500, -1)))},
+        {"name": "softcap", "options": (("causal", True), ("softcap", 5.0)), "gain": 4.0},
+        {"name": "alibi", "D": 64, "alibi": "batch", "options": (("causal", True),)},
+        {"name": "sinks", "sinks": True, "options": (("causal", True),)},
+        {"name": "lengths", "B": 4, "D": 64, "lengths": "q k", "options": (("causal", True), ("split_size", 256))},
+        {"name": "left padding", "B": 4, "D": 64, "lengths": "pad k", "options": (("window", (400, 40)),)},
+        {"name": "first position", "B": 3, "D": 64, "lengths": "pos", "options": (("causal", True),)},
+        {
+            "name": "everything",
+            "B": 4,
+            "lengths": "pad q k pos",
+            "alibi": "batch",
+            "sinks": True,
+            "options": (("causal", True), ("window", (700, -1)), ("softcap", 4.0), ("scale", 0.1)),
+        },
+    ]
+    cases = []
+    for call in calls:
+        call = {"B": 2, "Sq": 300, "Sk": 1300, "D": 128, "Dv": call.get("D", 128), "options": (), **call}
+        call["options"] = tuple({"split_size": 512, **dict(call["options"])}.items())
+        for dtype in ("fp16", "bf16"):
+            cases.append(Case(**{**call, "name": f"large {call['name']} {dtype}", "dtype": dtype}))
+    return cases
+
+
+# Several tiles of 128 rows and several splits, for the kernels of a GPU; a CPU would take too long.
+LARGE_CASES: tuple[Case, ...] = tuple(_large())

@@ -109,7 +109,7 @@ OPTIONS = [
     (ValueError, "softcap is inf, expected 0 (off) or a positive number", dict(softcap=math.inf)),
     (TypeError, "softcap must be a number, got NoneType", dict(softcap=None)),
     # arithmetic
-    (ValueError, "arithmetic is 'fast', expected 'auto', 'fma' or 'mma'", dict(arithmetic="fast")),
+    (ValueError, "arithmetic is 'fast', expected one of 'auto', 'fma', 'mma', 'mma_s", dict(arithmetic="fast")),
     (NotImplementedError, "arithmetic 'mma' needs tensor cores; on the CPU use 'fma'", dict(arithmetic="mma")),
     # lengths
     (TypeError, "seqused_k has dtype torch.int64, expected int32", dict(seqused_k=ints(1, 1, dtype=torch.int64))),
@@ -292,7 +292,7 @@ BAD_OPS = {
     "seqused_k has stride 2, expected 1": dict(seqused_k=torch.ones(4, dtype=torch.int32)[::2]),
     "sinks has the wrong dtype": dict(sinks=torch.ones(4, dtype=torch.float64)),
     "alibi_slopes has stride 2 in its last dimension": dict(alibi_slopes=torch.ones(8)[::2]),
-    "arithmetic is 7, expected 0 (auto), 1 (fma) or 2 (mma)": dict(arithmetic=7),
+    "arithmetic is 7, expected 0 (auto), 1 (fma), 2 (mma), 3 (mma_sm90) or 4 (mma_sm80)": dict(arithmetic=7),
 }
 
 

@@ -1,7 +1,7 @@
-"""The CUDA backend through torch: the CPU's bits, and the manners of a CUDA op (streams, devices, graphs, memory).
+"""The fma family on a GPU: the CPU's bits, and the manners of a CUDA op (streams, devices, graphs, memory).
 
-The fma family has one set of bits, so the CPU is the reference for every test here. What can be checked without a GPU
-is in test_cuda_build.py.
+It has one set of bits, so the CPU is the reference for every test here. The mma family is in test_cuda_mma.py, what can
+be checked without a GPU in test_cuda_build.py.
 """
 
 import functools
@@ -10,19 +10,20 @@ import shutil
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 
+import cuda_tools
 import pytest
 import torch
 from cases import CASES, GRAPH_BUCKET_BATCHES, NEIGHBOUR, integers, normal
+from cuda_tools import assert_same, busy, int32, moved, needs_gpu, poisoned, tensors
 
 import flash_attn_det as fad
 from flash_attn_det import _schedule, ops
 from flash_attn_det.attention import _arguments
 from flash_attn_det.testing import assert_bits_equal, bits_differ
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = needs_gpu
 
 GPU_CASES = [case for case in CASES if case.dtype != "fp64"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,51 +37,13 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "fp16", "bf1
 every_case = pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.name)
 
 
-def moved(x, device="cuda"):
-    """Tensors on the device; also those of lists and dicts. Anything else as it is."""
-    if isinstance(x, dict):
-        return {name: moved(value, device) for name, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [moved(value, device) for value in x]
-    return x.to(device) if isinstance(x, torch.Tensor) else x
-
-
 def attention(*qkv, **keywords):
-    """out and lse of the fma family; splits short enough that small shapes have several."""
-    return fad.attn(*qkv, **{"split_size": 128, "arithmetic": "fma", "return_lse": True, **keywords})
+    """out and lse of the fma family."""
+    return cuda_tools.attention(*qkv, **{"arithmetic": "fma", **keywords})
 
 
 def packed(*arguments, **keywords):
-    return fad.attn_varlen(*arguments, **{"split_size": 128, "arithmetic": "fma", "return_lse": True, **keywords})
-
-
-def tensors(B=2, Sq=5, Sk=300, Hq=4, Hk=2, D=64, dtype=torch.float32, seed=1):
-    return [normal((B, S, H, D), 10 * seed + i, dtype) for i, (S, H) in enumerate(((Sq, Hq), (Sk, Hk), (Sk, Hk)))]
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def assert_same(actual, expected, name=""):
-    for got, want, part in zip(actual, expected, ("out", "lse")):
-        assert got.device.type == "cuda"
-        assert_bits_equal(got, want, f"{part} {name}")
-
-
-@contextmanager
-def poisoned():
-    """Memory that torch allocates in the block starts as NaN, as 255 where it is bytes: results and workspace."""
-    torch.use_deterministic_algorithms(True)
-    fill, torch.utils.deterministic.fill_uninitialized_memory = (
-        torch.utils.deterministic.fill_uninitialized_memory,
-        True,
-    )
-    try:
-        yield
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(False)
+    return cuda_tools.packed(*arguments, **{"arithmetic": "fma", **keywords})
 
 
 @functools.cache
@@ -240,11 +203,6 @@ def test_strides_do_not_matter(dtype, schedule):
 
 
 # ---- streams, devices, graphs ----------------------------------------------------------------------------------------
-
-
-def busy():
-    """Occupies torch's current stream for some tenths of a second."""
-    torch.cuda._sleep(500_000_000)
 
 
 def warm_up(*qkv, **keywords):
@@ -440,13 +398,6 @@ def refused(exception, message, *qkv, **keywords):
 
 def test_float64_is_for_the_cpu():
     refused(NotImplementedError, "^float64 has no CUDA kernel", *moved(tensors(dtype=torch.float64)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("arithmetic", ["auto", "mma"])
-def test_tensor_cores_have_no_kernel_yet(dtype, arithmetic):
-    message = "^arithmetic 'mma', the default for 16-bit tensors on a CUDA device, has no kernel yet: pass"
-    refused(NotImplementedError, message, *moved(tensors(dtype=dtype)), arithmetic=arithmetic)
 
 
 def test_shapes_are_refused_as_on_the_cpu():

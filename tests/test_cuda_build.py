@@ -12,11 +12,15 @@ from pathlib import Path
 import pytest
 
 import flash_attn_det
+from flash_attn_det import _library
 
 CSRC = Path(__file__).parent.parent / "csrc"
 LIBRARY = "libflash_attn_det_cuda.so"
 ARCHITECTURES = os.environ.get("FLASH_ATTN_DET_CUDA_ARCHS") or "80 90"
 SOURCES = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
+# Sources are named after what they hold: mma_* and hopper_* the mma family, the others the fma family, or no kernels.
+HOPPER = [name for name in SOURCES if name.startswith("hopper_")]
+TENSOR_CORES = [name for name in SOURCES if name.startswith(("mma_", "hopper_"))]
 
 
 def make(*arguments, check=True, **environment) -> subprocess.CompletedProcess:
@@ -80,43 +84,117 @@ def spilled(log: str) -> dict[str, dict[str, int]]:
     return bytes_of
 
 
+def read_ptx(build: Path, name: str) -> str:
+    return (build / "cuda" / f"{name}.ptx").read_text()
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_kernels_do_not_spill_registers(build, name):
     functions = spilled((build / "cuda" / f"{name}.ptxas").read_text())
-    assert set(functions) == {f"sm_{number}" for number in ARCHITECTURES.split()}
+    if ".entry" not in read_ptx(build, name):  # a source without kernels
+        assert not any(functions.values())
+        return
+    wanted = {"sm_90a"} if name in HOPPER else {f"sm_{number}" for number in ARCHITECTURES.split()}
+    assert set(functions) == wanted
     assert all(functions.values())
     spills = [f"{f} on {arch}: {n} bytes" for arch, of in functions.items() for f, n in of.items() if n > 0]
     assert spills == []
 
 
-def forbidden(ptx: str) -> set[str]:
-    """Instructions whose bits are not IEEE's, or that ptxas may contract: arithmetic needs its rounding spelled out."""
-    arithmetic = re.findall(
-        r"\b((?:add|sub|mul|mad|fma|div|rcp|sqrt)(?:\.\w+)*\.f(?:16|16x2|32|64|bf16|bf16x2))\s", ptx
-    )
-    wrong = {name for name in arithmetic if not re.search(r"\.r[nzmp]\.", name) or ".ftz" in name or ".sat" in name}
-    return wrong | set(re.findall(r"\b\w+\.approx(?:\.\w+)*|\bdiv\.full(?:\.\w+)*", ptx))
+EX2 = "ex2.approx.ftz.f32"  # the only instruction whose bits are not IEEE's that N7 names besides the matrix step's
+
+
+def forbidden(ptx: str, allowed: frozenset[str] = frozenset()) -> set[str]:
+    """Instructions whose bits are not IEEE's, that ptxas may contract, or that add in no order.
+
+    Arithmetic is in fp32 or more with its rounding spelled out, 16-bit numbers come from rounding one to nearest, and
+    subnormals are kept.
+    """
+    operations = "add|sub|mul|mad|fma|div|rcp|sqrt"
+    arithmetic = re.findall(rf"(?<![.\w])((?:{operations})(?:\.\w+)*\.b?f(?:16|16x2|32|64))\s", ptx)
+    wrong = {name for name in arithmetic if not re.search(r"\.rn\.f(?:32|64)$", name)}
+    wrong |= set(re.findall(r"\b\w+\.approx(?:\.\w+)*|\bdiv\.full(?:\.\w+)*|\b\w[\w.]*\.ftz[\w.]*", ptx))
+    narrowing = set(re.findall(r"\bcvt(?:\.\w+)*\.b?f16(?:x2)?\.f32\b", ptx))
+    wrong |= {name for name in narrowing if not re.fullmatch(r"cvt\.rn\.b?f16(?:x2)?\.f32", name)}
+    wrong |= set(re.findall(r"\b(?:atom|red|cp\.reduce)\.[\w.:]*\badd\.[\w.:]*\bb?f\d\w*", ptx))
+    return wrong - allowed
+
+
+def matrix_steps(ptx: str) -> set[str]:
+    """Instructions of the tensor cores, but for those that only order them."""
+    order = r"wgmma\.(?:fence|commit_group|wait_group)\.sync\.aligned"
+    names = set(re.findall(r"\b(?:mma|wmma|wgmma)\.[\w.:]+", ptx))
+    return {name for name in names if not re.fullmatch(order, name)}
+
+
+# N7: 16 products of one 16-bit type added to fp32. Other shapes round elsewhere.
+MMA_STEP = r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(b?f16)\.\1\.f32"
+WGMMA_STEP = r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.(b?f16)\.\1"
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_n7_ptx_rounds_as_ieee_does(build, name):
-    ptx = (build / "cuda" / f"{name}.ptx").read_text()
+def test_n7_ptx_rounds_as_the_contract_says(build, name):
+    ptx = read_ptx(build, name)
+    assert forbidden(ptx, frozenset({EX2} if name in TENSOR_CORES else ())) == set()
+    steps = matrix_steps(ptx)
+    if name not in TENSOR_CORES:
+        assert steps == set()
+    for step in steps:
+        assert re.fullmatch(MMA_STEP, step) or (name in HOPPER and re.fullmatch(WGMMA_STEP, step)), step
+
+
+def test_ptx_check_looks_at_what_is_there(build):
+    """The patterns are those of instructions that nvcc wrote."""
+
+    def text(names):
+        return "".join(read_ptx(build, name) for name in names)
+
+    others = set(SOURCES) - set(TENSOR_CORES)
     for instruction in ("add.rn.f32", "mul.rn.f32", "fma.rn.f32", "div.rn.f32"):
-        assert instruction in ptx  # the pattern looks at what is there
-    assert forbidden(ptx) == set()
+        assert instruction in text(others)
+    if TENSOR_CORES:
+        ptx = text(TENSOR_CORES)
+        for instruction in ("add.rn.f32", "mul.rn.f32", "fma.rn.f32", EX2, "cvt.rn.f16x2.f32", "cvt.rn.bf16x2.f32"):
+            assert instruction in ptx
+        for dtype in ("f16", "bf16"):
+            assert f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32" in ptx
+    if HOPPER:
+        steps = [re.fullmatch(WGMMA_STEP, step) for step in matrix_steps(text(HOPPER))]
+        assert {step[1] for step in steps if step} == {"f16", "bf16"}
 
 
 def test_ptx_check_notices():
     wrong = {
         *("add.f32", "mul.ftz.f32", "add.rn.ftz.f32", "fma.rn.ftz.f32", "fma.rn.sat.f32", "mul.f64", "div.full.f32"),
-        *("div.approx.f32", "ex2.approx.ftz.f32", "lg2.approx.f32", "rcp.approx.ftz.f32", "tanh.approx.f32"),
+        *("div.approx.f32", "ex2.approx.f32", "ex2.approx.ftz.bf16x2", "lg2.approx.f32", "rcp.approx.ftz.f32"),
+        *("tanh.approx.f32", "max.ftz.f32", "setp.lt.ftz.f32", "cvt.rz.bf16x2.f32", "cvt.rn.satfinite.f16x2.f32"),
+        *("atom.global.add.f32", "red.relaxed.gpu.global.add.f64", "atom.global.add.noftz.bf16x2", "mul.bf16x2"),
+        *("fma.rn.bf16", "add.rn.f16x2", "add.rz.f32"),
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32",
     }
     for instruction in wrong:
-        assert forbidden(f"\t{instruction} \t%f1, %f2, %f3;\n") == {instruction}
-    assert (
-        forbidden("\tfma.rn.f32 \t%f1, %f2, %f3, %f4;\n\tmul.wide.s32 \t%rd1, %r1, 4;\n\tdiv.rn.f64 \t%d, %a, %b;")
-        == set()
-    )
+        for allowed in (frozenset(), frozenset({EX2})):
+            assert forbidden(f"\t{instruction} \t%f1, %f2, %f3;\n", allowed) == {instruction}
+    assert forbidden(f"\t{EX2} \t%f1, %f2;\n") == {EX2}
+    right = ("fma.rn.f32", "div.rn.f64", "mul.wide.s32", "atom.global.add.u64", "cvt.rn.bf16x2.f32", "cvt.f32.f16", EX2)
+    for instruction in right:
+        assert forbidden(f"\t{instruction} \t%f1, %f2, %f3;\n", frozenset({EX2})) == set()
+
+
+def test_matrix_step_check_notices():
+    right = [
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16",
+    ]
+    wrong = [
+        *("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32", "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16"),
+        *("wgmma.mma_async.sync.aligned.m64n64k8.f32.tf32.tf32", "wmma.mma.sync.aligned.row.col.m16n16k16.f32.f32"),
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.bf16.f32",
+    ]
+    order = "\twgmma.fence.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;\n\twgmma.commit_group.sync.aligned;\n"
+    assert matrix_steps(order + "".join(f"\t{step} {{%f1, %f2}};\n" for step in right + wrong)) == {*right, *wrong}
+    for step in right + wrong:
+        assert bool(re.fullmatch(MMA_STEP, step) or re.fullmatch(WGMMA_STEP, step)) == (step in right)
 
 
 ASK = """
@@ -145,6 +223,14 @@ def test_core_loads_the_library_from_beside_itself(build, tmp_path):
     assert ask().startswith("2 the tensors are on a CUDA device, but this build has no CUDA kernels (")
     shutil.copy(build / LIBRARY, tmp_path)
     assert ask().startswith("0 ")
+
+
+def test_schedule_that_tests_force_is_the_struct_of_the_header():
+    """A field that Python does not know would be left automatic, and a test of one kernel would run another."""
+    header = (CSRC / "flash_attn_det.h").read_text()
+    struct = re.search(r"typedef struct fad_schedule \{(.*?)\} fad_schedule;", header, re.DOTALL)
+    declared = re.findall(r"^\s*(?:const char \*|int32_t )(\w+);", struct[1], re.MULTILINE)
+    assert declared == [name for name, _ in _library.Schedule._fields_]
 
 
 # ---- when it is built ------------------------------------------------------------------------------------------------
@@ -205,8 +291,8 @@ def test_unknown_choice_is_an_error(pretender):
     assert "FLASH_ATTN_DET_CUDA is 'yes', expected auto, 0 or 1" in done.stderr
 
 
-def compiled_with(folder: Path) -> str:
-    return (folder / "cuda" / f"{SOURCES[0]}.o").read_text()
+def compiled_with(folder: Path, name: str = "backend") -> str:
+    return (folder / "cuda" / f"{name}.o").read_text()
 
 
 def test_architectures(tmp_path, pretender):
@@ -223,6 +309,16 @@ def test_architectures(tmp_path, pretender):
     assert targets == [
         f"arch=compute_{n},code={code}" for n, code in ((90, "sm_90"), (100, "sm_100"), (90, "compute_90"))
     ]
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs csrc/cuda/hopper_*.cu")
+def test_hopper_sources_are_compiled_for_hopper_only(tmp_path, pretender):
+    """wgmma exists on sm_90a and nowhere else, also not later."""
+    folder = tmp_path / "build"
+    make(f"BUILD={folder}", "cuda", **pretender)
+    for name in HOPPER:
+        assert re.findall(r"-gencode (\S+)", compiled_with(folder, name)) == ["arch=compute_90a,code=sm_90a"]
+        assert "-fmad=false" in compiled_with(folder, name).split()
 
 
 def test_nothing_is_compiled_twice_without_need(tmp_path, pretender):

@@ -1,42 +1,47 @@
-"""The fma family has one set of bits: hashes of every case, the same for every instruction set, machine and version.
+"""Recorded bits: hashes of every case, the same for every version of the package.
 
-A hash that changes means that the contract changed: that needs a new CONTRACT_VERSION. Rewrite the file with
-``python tests/test_golden.py``.
+The fma family has one set for every instruction set and machine, the mma family one for each generation of GPUs, of
+which Hopper's is recorded. A hash that changes means that the contract changed: that needs a new CONTRACT_VERSION.
+Rewrite the files with ``python tests/test_golden.py`` and, on a Hopper GPU, ``python tests/test_golden.py --cuda``.
 """
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, normal
+from cases import CASES, LARGE_CASES, normal
+from cuda_tools import ON_HOPPER, moved, needs_hopper
 
 import flash_attn_det as fad
 from flash_attn_det import _schedule
 from flash_attn_det.reference import attn_reference
 from flash_attn_det.testing import bits_differ
 
-PATH = Path(__file__).parent / "data" / "golden_fma.json"
+DATA = Path(__file__).parent / "data"
+FMA, MMA_SM90 = DATA / "golden_fma.json", DATA / "golden_mma_sm90.json"
+MMA_CASES = [case for case in (*CASES, *LARGE_CASES) if case.dtype in ("fp16", "bf16")]
 
 
 def digest(out, lse):
     sha = hashlib.sha256()
     for x in (out, lse):
-        sha.update(x.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        sha.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:32]
 
 
-def hashes():
+def hashes(cases=CASES, device="cpu"):
     result = {}
-    for case in CASES:
+    for case in cases:
         qkv, keywords = case.inputs()
-        result[case.name] = digest(*fad.attn(*qkv, **keywords, return_lse=True))
+        result[case.name] = digest(*fad.attn(*moved(qkv, device), **moved(keywords, device), return_lse=True))
     return result
 
 
-def golden():
-    stored = json.loads(PATH.read_text())
+def golden(path=FMA):
+    stored = json.loads(path.read_text())
     assert stored["CONTRACT_VERSION"] == fad.contract()["CONTRACT_VERSION"], "rewrite the file: see above"
     return stored["hashes"]
 
@@ -58,6 +63,22 @@ def test_n7_golden_hashes_of_the_reference():
         assert digest(*attn_reference(*qkv, **keywords, return_lse=True)) == expected[case.name], case.name
 
 
+@needs_hopper
+def test_n7_golden_hashes_of_hopper():
+    expected, actual = golden(MMA_SM90), hashes(MMA_CASES, "cuda")
+    assert list(actual) == list(expected)
+    assert [name for name in expected if actual[name] != expected[name]] == []
+
+
+@pytest.mark.skipif(not MMA_SM90.exists(), reason=f"needs tests/data/{MMA_SM90.name}, which a Hopper GPU writes")
+def test_golden_hashes_of_hopper_are_of_this_version():
+    """Wherever the tests run: a case or a contract that changed without new hashes is noticed. Its control is fma's."""
+    expected, others = golden(MMA_SM90), golden()
+    assert list(expected) == [case.name for case in MMA_CASES]
+    same = [name for name in expected if expected[name] == others.get(name)]
+    assert len(same) < 0.2 * len(expected)
+
+
 def test_golden_hashes_notice_one_bit():
     (q, k, v), keywords = CASES[0].inputs()
     v.view(torch.int32)[0, 0, 0, 0] ^= 1 << 12
@@ -74,9 +95,17 @@ def test_golden_inputs_are_the_same_numbers_everywhere():
 
 
 def main():
-    stored = {"CONTRACT_VERSION": fad.contract()["CONTRACT_VERSION"], "hashes": hashes()}
-    PATH.write_text(json.dumps(stored, indent=1) + "\n")
-    print(f"{len(stored['hashes'])} hashes in {PATH}")
+    parser = argparse.ArgumentParser(description="Record the bits of this version.")
+    parser.add_argument("--cuda", action="store_true", help="those of the mma family on a Hopper GPU")
+    if parser.parse_args().cuda:
+        if not ON_HOPPER:
+            parser.error("--cuda needs a Hopper GPU (compute capability 9.0)")
+        path, recorded = MMA_SM90, hashes(MMA_CASES, "cuda")
+    else:
+        path, recorded = FMA, hashes()
+    stored = {"CONTRACT_VERSION": fad.contract()["CONTRACT_VERSION"], "hashes": recorded}
+    path.write_text(json.dumps(stored, indent=1) + "\n")
+    print(f"{len(recorded)} hashes in {path}")
 
 
 if __name__ == "__main__":

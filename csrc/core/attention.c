@@ -7,8 +7,7 @@ static fad_status select_backend(const fad_attn_problem *problem, const fad_back
         return status;
     if (problem->device == FAD_CUDA)
         return fad_load_cuda(backend);
-    *backend = &fad_cpu_backend;
-    return FAD_OK;
+    return fad_cpu_select_backend(problem, backend);
 }
 
 fad_status fad_attn_check(const fad_attn_problem *problem) {

@@ -100,14 +100,29 @@ static fad_status check_lengths(const fad_attn_problem *p) {
     return FAD_OK;
 }
 
+static fad_status check_arithmetic(const fad_attn_problem *p) {
+    REQUIRE(p->arithmetic >= FAD_ARITHMETIC_AUTO && p->arithmetic <= FAD_ARITHMETIC_MMA_SM80,
+            "arithmetic is %d, expected a fad_arithmetic", p->arithmetic);
+    if (p->device == FAD_CPU && p->arithmetic == FAD_ARITHMETIC_MMA)
+        return fad_fail(FAD_UNSUPPORTED, "arithmetic 'mma' needs tensor cores; on the CPU use 'fma' or 'auto', or "
+                                         "'mma_sm90', which emulates them");
+    if (!fad_is_emulated(p))
+        return FAD_OK;
+    const char *name = p->arithmetic == FAD_ARITHMETIC_MMA_SM90 ? "mma_sm90" : "mma_sm80";
+    REQUIRE(p->dtype == FAD_FLOAT16 || p->dtype == FAD_BFLOAT16,
+            "arithmetic is '%s' but the inputs are %s, expected float16 or bfloat16", name,
+            p->dtype == FAD_FLOAT32 ? "float32" : "float64");
+    if (p->device == FAD_CUDA)
+        return fad_fail(FAD_UNSUPPORTED, "arithmetic '%s' emulates tensor cores on the CPU; on a CUDA device use 'mma'",
+                        name);
+    return FAD_OK;
+}
+
 fad_status fad_check_problem(const fad_attn_problem *p) {
     REQUIRE(p, "problem is null");
     REQUIRE(p->dtype >= FAD_FLOAT32 && p->dtype <= FAD_FLOAT64, "dtype is %d, expected a fad_dtype", p->dtype);
     REQUIRE(p->device == FAD_CPU || p->device == FAD_CUDA, "device is %d, expected a fad_device", p->device);
-    REQUIRE(p->arithmetic >= FAD_ARITHMETIC_AUTO && p->arithmetic <= FAD_ARITHMETIC_MMA,
-            "arithmetic is %d, expected a fad_arithmetic", p->arithmetic);
-    if (p->device == FAD_CPU && p->arithmetic == FAD_ARITHMETIC_MMA)
-        return fad_fail(FAD_UNSUPPORTED, "arithmetic 'mma' needs tensor cores; on the CPU use 'fma' or 'auto'");
+    TRY(check_arithmetic(p));
     TRY(check_shape(p));
     REQUIRE(!p->cu_seqlens_q == !p->cu_seqlens_k,
             "only one of cu_seqlens_q and cu_seqlens_k is given, expected both or none");

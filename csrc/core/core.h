@@ -15,6 +15,16 @@ fad_status fad_check_splittable(const fad_attn_problem *problem); /* partial sta
 fad_status fad_check_partials(const fad_attn_problem *problem, const fad_partials *partials);
 
 extern const fad_backend fad_cpu_backend;
+extern const fad_backend fad_cpu_mma_backend; /* emulates tensor cores, one row at a time */
+
+/* Whether the call asks for tensor cores that the CPU emulates. */
+static inline int fad_is_emulated(const fad_attn_problem *p) {
+    return p->arithmetic == FAD_ARITHMETIC_MMA_SM90 || p->arithmetic == FAD_ARITHMETIC_MMA_SM80;
+}
+
+/* The CPU's backend for a call: fad_cpu_mma_backend where tensor cores are emulated and the instruction set is "scalar",
+ * else fad_cpu_backend. FAD_INVALID_ARGUMENT as from fad_cpu_select. */
+fad_status fad_cpu_select_backend(const fad_attn_problem *problem, const fad_backend **backend);
 fad_status fad_load_cuda(const fad_backend **backend);
 
 /* This thread's forced schedule; all zero when nothing is forced. */

@@ -9,6 +9,7 @@
  * must be written), and what its rows may see. */
 typedef struct fad_sequence {
     int64_t index, q, k, v, out, lse, q_rows;
+    int64_t k_row; /* the row of k and v that holds the first key */
     fad_span span;
 } fad_sequence;
 
@@ -45,6 +46,7 @@ FAD_FN fad_sequence fad_get_sequence(const fad_attn_problem *p, int64_t b) {
         s.span.n_k = p->seqused_k ? fad_clamp(p->seqused_k[b], 0, k_rows - pad) : k_rows - pad;
         s.span.k_pos = p->k_pos ? fad_clamp(p->k_pos[b], 0, INT32_MAX) : 0; /* N2 */
     }
+    s.k_row = k_row;
     s.span.left = p->window_left;
     s.span.right = p->causal ? 0 : p->window_right; /* N4 */
     const int64_t batch = packed ? 0 : b;

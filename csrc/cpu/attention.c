@@ -2,7 +2,6 @@
  * Everything here is free to change (N1): no decision reaches the arithmetic. */
 #include "kernel.h"
 
-#include <fenv.h>
 #include <stdatomic.h>
 
 /* Up to here rows are too few to fill vector lanes. */
@@ -91,7 +90,7 @@ static fad_status make_plan(const fad_attn_problem *p, int32_t num_threads, int 
     n.n_tiles = count_tiles(p, n.tile_rows);
     n.wave = partials ? 0 : choose_wave(p, n.n_tiles, num_threads);
     n.layout = (fad_layout)fad_forced_schedule()->layout;
-    if (!n.layout && n.tile_rows <= KEYS_LAYOUT_MAX_ROWS)
+    if (fad_is_emulated(p) || (!n.layout && n.tile_rows <= KEYS_LAYOUT_MAX_ROWS))
         n.layout = FAD_LAYOUT_KEYS;
     n.scratch_bytes = round_up(n.kernel->scratch_bytes(p, n.tile_rows));
     n.state_bytes = round_up(n.kernel->state_bytes(p, n.tile_rows, n.layout));
@@ -222,19 +221,10 @@ static void tile_partial(const call *c, int64_t item, char *memory) {
     k->store(&t, state, c->partials, split);
 }
 
-/* The floating-point environment is part of the contract: round to nearest, subnormals kept, whatever the caller has
- * set and gets back by fesetenv. */
-static fenv_t enter_contract(void) {
-    fenv_t caller;
-    fegetenv(&caller);
-    fesetenv(FE_DFL_ENV);
-    return caller;
-}
-
 /* Thread w takes units of work until none is left. */
 static void work(int64_t begin, int64_t end, void *ctx) {
     call *c = ctx;
-    const fenv_t caller = enter_contract();
+    const fenv_t caller = fad_cpu_enter_contract();
     for (int64_t w = begin; w < end; w++) {
         char *memory = c->threads + (size_t)w * (c->plan.scratch_bytes + 2 * c->plan.state_bytes);
         for (int64_t i; (i = atomic_fetch_add(&c->next, 1)) < c->n_items;)
@@ -300,13 +290,12 @@ static fad_status cpu_forward(const fad_attn_problem *problem, const fad_runtime
     return FAD_OK;
 }
 
-/* N8: the sink of each head as one more state, behind the splits; empty for rows past n_q. */
-static void store_sinks(const fad_attn_problem *p, const fad_partials *partials) {
+void fad_cpu_store_sinks(const fad_attn_problem *p, const fad_partials *partials) {
     const size_t real = fad_compute_bytes(p->dtype), rows = (size_t)(p->B * p->Hq * p->Sq);
     const size_t before = (size_t)(partials->n_splits - 1) * rows;
     if (rows == 0)
         return;
-    const fenv_t caller = enter_contract();
+    const fenv_t caller = fad_cpu_enter_contract();
     memset((char *)partials->o + before * (size_t)p->Dv * real, 0, rows * (size_t)p->Dv * real);
     for (size_t r = 0; r < rows; r++) {
         const int64_t i = (int64_t)r % p->Sq, h = (int64_t)r / p->Sq % p->Hq, b = (int64_t)r / p->Sq / p->Hq;
@@ -333,7 +322,7 @@ static fad_status cpu_partials(const fad_attn_problem *problem, const fad_partia
     start(&c, runtime);
     run(&c, runtime, tile_partial, c.plan.n_tiles * fad_split_capacity(problem));
     if (problem->sinks)
-        store_sinks(problem, partials);
+        fad_cpu_store_sinks(problem, partials);
     return FAD_OK;
 }
 

@@ -6,7 +6,10 @@
 #ifndef FAD_CPU_KERNEL_H
 #define FAD_CPU_KERNEL_H
 
+#include <fenv.h>
+
 #include "../core/core.h"
+#include "../numerics/tensor_core.h"
 
 /* What a vector lane stands for: a query row (many rows: K and V are broadcast) or a key, then a value dim (few rows:
  * K and V are the vectors). */
@@ -59,5 +62,22 @@ extern const fad_cpu_kernel fad_cpu_kernel_f64; /* fp64, one lane */
 /* The kernel to run: the forced or environment's instruction set, else the best. FAD_INVALID_ARGUMENT for a name that
  * is unknown or cannot run here. */
 fad_status fad_cpu_select(fad_dtype dtype, const fad_cpu_kernel **kernel);
+
+/* The floating-point environment is part of the contract: round to nearest, subnormals kept, whatever the caller has
+ * set and gets back by fesetenv. */
+static inline fenv_t fad_cpu_enter_contract(void) {
+    fenv_t caller;
+    fegetenv(&caller);
+    fesetenv(FE_DFL_ENV);
+    return caller;
+}
+
+/* N8: the sink of each head as one more state, behind the splits; empty for rows past n_q. */
+void fad_cpu_store_sinks(const fad_attn_problem *problem, const fad_partials *partials);
+
+/* The tensor core that an emulated call asks for. */
+static inline fad_tensor_core fad_cpu_tensor_core(const fad_attn_problem *p) {
+    return fad_tensor_core_of(p->arithmetic == FAD_ARITHMETIC_MMA_SM90 ? 90 : 80, p->dtype == FAD_FLOAT16 ? -14 : -126);
+}
 
 #endif

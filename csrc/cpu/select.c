@@ -40,6 +40,15 @@ fad_status fad_cpu_select(fad_dtype dtype, const fad_cpu_kernel **kernel) {
                     forced ? "the forced schedule" : "FLASH_ATTN_DET_ISA", runnable(0)->isa);
 }
 
+fad_status fad_cpu_select_backend(const fad_attn_problem *problem, const fad_backend **backend) {
+    const fad_cpu_kernel *kernel;
+    const fad_status status = fad_cpu_select(problem->dtype, &kernel);
+    if (status == FAD_OK)
+        *backend =
+            fad_is_emulated(problem) && kernel == &fad_cpu_kernel_scalar ? &fad_cpu_mma_backend : &fad_cpu_backend;
+    return status;
+}
+
 fad_status fad_cpu_fma_flops(int64_t iterations, double *flops) {
     const fad_cpu_kernel *kernel;
     if (!flops)

@@ -38,6 +38,20 @@ static inline vreal v_scale2(vreal z) {
     return _mm256_castsi256_ps(
         _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(z), 23), _mm256_set1_epi32(0x3f800000)));
 }
+typedef __m256i vint;
+static inline vint v_add_int(vint a, vint b) { return _mm256_add_epi32(a, b); }
+static inline vint v_to_int(vreal x) { return _mm256_cvttps_epi32(x); }
+static inline vreal v_from_int(vint x) { return _mm256_cvtepi32_ps(x); }
+static inline vreal v_cut_int(vint x) {
+    const vreal nearest = v_from_int(x);
+    const vint up = _mm256_cmpgt_epi32(_mm256_abs_epi32(v_to_int(nearest)), _mm256_abs_epi32(x)); /* -1 if too large */
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(nearest), up));
+}
+static inline vreal v_power(vreal x) { return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000))); }
+static inline vreal v_power_over(int n, vreal power) {
+    return _mm256_castsi256_ps(
+        _mm256_sub_epi32(_mm256_set1_epi32((int32_t)((uint32_t)(254 + n) << 23)), _mm256_castps_si256(power)));
+}
 static inline vreal v_canonical(vreal x) {
     const vreal nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
     return _mm256_blendv_ps(x, nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));

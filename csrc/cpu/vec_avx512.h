@@ -41,6 +41,20 @@ static inline vreal v_select_lt(vreal a, vreal b, vreal yes, vreal no) {
 static inline vreal v_scale2(vreal z) {
     return v_from_bits(_mm512_add_epi32(_mm512_slli_epi32(v_bits(z), 23), _mm512_set1_epi32(0x3f800000)));
 }
+/* What the emulation of tensor cores (mma_block.inc) needs: integers beside floats. */
+typedef __m512i vint;
+static inline vint v_add_int(vint a, vint b) { return _mm512_add_epi32(a, b); }
+static inline vint v_to_int(vreal x) { return _mm512_cvttps_epi32(x); } /* toward zero */
+static inline vreal v_from_int(vint x) { return _mm512_cvtepi32_ps(x); }
+static inline vreal v_cut_int(vint x) { /* toward zero, |x| < 2^31 - 128 */
+    return _mm512_cvt_roundepi32_ps(x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+}
+/* 2^e of x = +-1.xxx * 2^e; 0 of 0 and subnormal numbers, infinity of infinity and NaN. */
+static inline vreal v_power(vreal x) { return v_from_bits(_mm512_and_si512(v_bits(x), _mm512_set1_epi32(0x7f800000))); }
+/* 2^n / power, for a power of two and a normal result. */
+static inline vreal v_power_over(int n, vreal power) {
+    return v_from_bits(_mm512_sub_epi32(_mm512_set1_epi32((int32_t)((uint32_t)(254 + n) << 23)), v_bits(power)));
+}
 /* NaN lanes replaced by the canonical quiet NaN (N9). */
 static inline vreal v_canonical(vreal x) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x, v_from_bits(_mm512_set1_epi32(0x7fc00000)));

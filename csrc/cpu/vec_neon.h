@@ -34,6 +34,21 @@ static inline vreal v_select_lt(vreal a, vreal b, vreal yes, vreal no) { return 
 static inline vreal v_scale2(vreal z) {
     return vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(z), 23), vdupq_n_u32(0x3f800000u)));
 }
+typedef int32x4_t vint;
+static inline vint v_add_int(vint a, vint b) { return vaddq_s32(a, b); }
+static inline vint v_to_int(vreal x) { return vcvtq_s32_f32(x); }
+static inline vreal v_from_int(vint x) { return vcvtq_f32_s32(x); }
+static inline vreal v_cut_int(vint x) {
+    const vreal nearest = v_from_int(x);
+    const uint32x4_t up = vcgtq_s32(vabsq_s32(v_to_int(nearest)), vabsq_s32(x)); /* -1 if too large */
+    return vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(nearest), up));
+}
+static inline vreal v_power(vreal x) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), vdupq_n_u32(0x7f800000u)));
+}
+static inline vreal v_power_over(int n, vreal power) {
+    return vreinterpretq_f32_u32(vsubq_u32(vdupq_n_u32((uint32_t)(254 + n) << 23), vreinterpretq_u32_f32(power)));
+}
 static inline vreal v_canonical(vreal x) {
     return vbslq_f32(vceqq_f32(x, x), x, vreinterpretq_f32_u32(vdupq_n_u32(0x7fc00000u)));
 }

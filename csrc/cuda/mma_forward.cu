@@ -1,13 +1,15 @@
 /* The mma family's scheduler: chooses kernels and tiles, and whether splits run in parallel. Free to change (N1); lengths
  * are device arrays, so the choices use only shapes. */
+#include "hopper_kernel.cuh"
 #include "host.cuh"
-#include "mma_kernel.cuh"
 
 struct Plan {
     const MmaKernel *kernel;
-    int resident;              /* thread blocks that the device holds at once */
-    int64_t n_tiles, n_splits; /* upper bounds for packed calls */
-    int64_t item_splits;       /* consecutive splits that one thread block computes */
+    const HopperKernel *hopper; /* kernel is its shape; null: a generic one */
+    CUtensorMap k_map, v_map;   /* for it */
+    int resident;               /* thread blocks that the device holds at once */
+    int64_t n_tiles, n_splits;  /* upper bounds for packed calls */
+    int64_t item_splits;        /* consecutive splits that one thread block computes */
     bool spill;
 };
 
@@ -33,11 +35,30 @@ static const MmaKernel *choose_kernel(const fad_attn_problem *p, const Device &d
     return best;
 }
 
-static fad_status count_resident(const MmaKernel *kernel, const Device &device, int *resident) {
+/* The Hopper kernel where it can run and pays: few rows are the decode kernel's, which reads memory as fast. */
+static bool choose_hopper(const fad_attn_problem *p, const Device &device, Plan *plan) {
+#ifdef FAD_HOPPER
+    const fad_schedule *forced = fad_core->forced_schedule();
+    const int64_t rows = forced->tile_rows ? forced->tile_rows : typical_rows(p);
+    plan->hopper = device.compute == 90 && forced->kernel != 1 && (rows > 16 || forced->kernel == 2)
+                       ? find_hopper_kernel(p)
+                       : nullptr;
+    if (!plan->hopper || !describe_keys(p, &plan->k_map, &plan->v_map))
+        return false;
+    plan->kernel = &plan->hopper->shape;
+    return true;
+#else
+    (void)p, (void)device, (void)plan;
+    return false;
+#endif
+}
+
+static fad_status count_resident(const Plan &plan, const Device &device, int *resident) {
+    const MmaKernel &kernel = *plan.kernel;
+    const void *run = plan.hopper ? (const void *)plan.hopper->run : (const void *)kernel.run;
     int of_one;
-    TRY_CUDA(cudaFuncSetAttribute(kernel->run, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)kernel->shared_bytes));
-    TRY_CUDA(
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_one, kernel->run, kernel->threads, kernel->shared_bytes));
+    TRY_CUDA(cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)kernel.shared_bytes));
+    TRY_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_one, run, kernel.threads, kernel.shared_bytes));
     *resident = of_one * device.multiprocessors;
     return FAD_OK;
 }
@@ -79,11 +100,15 @@ static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
     TRY(check_rows(p, "k", p->k, p->Sk, p->Hk, p->D));
     TRY(check_rows(p, "v", p->v, p->Sk, p->Hk, p->Dv));
     TRY(get_device(&device));
-    plan->kernel = choose_kernel(p, device);
+    plan->hopper = nullptr;
+    if (!choose_hopper(p, device, plan)) {
+        plan->hopper = nullptr;
+        plan->kernel = choose_kernel(p, device);
+    }
     if (!plan->kernel)
         return fad_core->fail(FAD_UNSUPPORTED, "head dims %lld and %lld need more shared memory than this device has",
                               (long long)p->D, (long long)p->Dv);
-    TRY(count_resident(plan->kernel, device, &plan->resident));
+    TRY(count_resident(*plan, device, &plan->resident));
     plan->n_tiles = tile_bound(*p, plan->kernel->rows);
     plan->n_splits = most_splits(p);
     plan->item_splits = split_run(*plan);
@@ -111,13 +136,21 @@ static fad_status workspace(const fad_attn_problem *p, int32_t, size_t *bytes) {
     return FAD_OK;
 }
 
+static fad_status run(const fad_attn_problem *p, const Plan &plan, const Work &work, int64_t grid, void *stream) {
+    const MmaKernel &kernel = *plan.kernel;
+    if (plan.hopper)
+        return launch(plan.hopper->run, grid, kernel.threads, kernel.shared_bytes, stream, *p, work, plan.k_map,
+                      plan.v_map);
+    return launch(kernel.run, grid, kernel.threads, kernel.shared_bytes, stream, *p, work);
+}
+
 static fad_status run_splits(const fad_attn_problem *p, const Plan &plan, const fad_partials &partials,
                              int64_t n_splits, void *stream) {
     const int64_t runs = (n_splits + plan.item_splits - 1) / plan.item_splits;
     fad_partials of_splits = partials; /* a sink's state, if there is one, is not the kernel's */
     of_splits.n_splits = n_splits;
     const Work work = {plan.n_tiles * runs, plan.n_tiles, plan.item_splits, nullptr, nullptr, of_splits};
-    return launch(plan.kernel->run, work.n_items, plan.kernel->threads, plan.kernel->shared_bytes, stream, *p, work);
+    return run(p, plan, work, work.n_items, stream);
 }
 
 /* Every tile with all its splits. Thread blocks take tiles one after the other, because each has a place where its
@@ -129,7 +162,7 @@ static fad_status run_tiles(const fad_attn_problem *p, const Plan &plan, const f
         work.counter = (unsigned long long *)runtime->workspace;
         TRY_CUDA(cudaMemsetAsync(work.counter, 0, COUNTER_BYTES, (cudaStream_t)runtime->stream));
     }
-    return launch(plan.kernel->run, grid, plan.kernel->threads, plan.kernel->shared_bytes, runtime->stream, *p, work);
+    return run(p, plan, work, grid, runtime->stream);
 }
 
 static fad_status forward(const fad_attn_problem *p, const fad_runtime *runtime) {

@@ -86,13 +86,13 @@ static __device__ __forceinline__ void finish_rows(const fad_attn_problem &p, co
     }
 }
 
-/* The staged rows of a tile to out. All threads; staged must be complete. */
+/* Rows first .. first + ROWS - 1 of a tile to out, by THREADS threads; `staged` must hold them. */
 template <int ROWS, int CHUNKS, int THREADS>
 static __device__ __forceinline__ void store_staged(const fad_attn_problem &p, const Tile &t, const char *staged,
-                                                    int thread) {
+                                                    int thread, int first = 0) {
 #pragma unroll 2
     for (int at = thread; at < ROWS * CHUNKS; at += THREADS) {
-        const int r = at / CHUNKS, chunk = at % CHUNKS;
+        const int r = first + at / CHUNKS, chunk = at % CHUNKS;
         if (r < t.n_rows && chunk * 8 < p.Dv)
             *(uint4 *)((uint16_t *)out_row(p, t, r).data + chunk * 8) =
                 *(const uint4 *)(staged + swizzled<CHUNKS>(r, chunk));

@@ -25,59 +25,77 @@ struct ScoreRule {
     }
 };
 
-/* What masks and ALiBi need of each row of a tile, in shared memory; keys as in KeyRange. Rows past n_active see
- * nothing. */
+/* What masks and ALiBi need of a row; keys as in KeyRange. Rows past n_active see nothing. */
+struct RowView {
+    int lo, hi, pos; /* keys seen, and the row's own */
+    float slope;     /* -slope */
+
+    __device__ RowView(const fad_attn_problem &p, const Tile &t, const KeyRange &range, int r)
+        : lo(0), hi(0), pos(0), slope(0) {
+        if (r >= t.n_active)
+            return;
+        const Row row = row_of(t, r);
+        const fad_interval seen = fad_visible(&t.seq.span, row.i);
+        lo = (int)fad_clamp(seen.lo - range.first, 0, INT32_MAX);
+        hi = (int)fad_clamp(seen.hi - range.first, 0, INT32_MAX);
+        pos = (int)(fad_query_position(&t.seq.span, row.i) - range.first); /* ALiBi's are short */
+        if (p.alibi_slopes)
+            slope = -((const float *)p.alibi_slopes)[t.seq.index * p.alibi_stride_b + row.h];
+    }
+    __device__ RowView(int lo_, int hi_, int pos_, float slope_) : lo(lo_), hi(hi_), pos(pos_), slope(slope_) {}
+
+    /* N5: x from s, for this lane's scores of the row, which is g (half 0) or g + 8 (half 1) of the warp. */
+    __device__ __forceinline__ void apply_options(ScoreTile &s, int half, const ScoreRule &rule, int block) const {
+        const int distance = pos - block * BLOCK_KEYS - threadIdx.x % 4 * 2; /* of the lane's first key */
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float &x = s[n][half * 2 + e];
+                x = fad_f32_scaled_score(x, rule.scaled, rule.softcap);
+                if (rule.alibi)
+                    x = fad_f32_fma(slope, fabsf((float)(distance - n * 8 - e)), x);
+            }
+    }
+
+    /* N4: -inf where the row does not see a key. */
+    __device__ __forceinline__ void mask(ScoreTile &s, int half, int block) const {
+        const int here = block * BLOCK_KEYS + threadIdx.x % 4 * 2, from = lo - here, to = hi - here;
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                if (n * 8 + e < from || n * 8 + e >= to)
+                    s[n][half * 2 + e] = -INFINITY;
+    }
+};
+
+/* The rows of a tile in shared memory. */
 template <int ROWS> struct RowTable {
-    int lo[ROWS], hi[ROWS], pos[ROWS]; /* keys seen, and the row's own */
-    float slope[ROWS];                 /* -slope */
+    int lo[ROWS], hi[ROWS], pos[ROWS];
+    float slope[ROWS];
 
     __device__ void fill(const fad_attn_problem &p, const Tile &t, const KeyRange &range, int thread, int threads) {
 #pragma unroll 1
         for (int r = thread; r < ROWS; r += threads) {
-            const Row row = row_of(t, r);
-            const bool active = r < t.n_active;
-            const fad_interval seen = fad_visible(&t.seq.span, row.i);
-            lo[r] = active ? (int)fad_clamp(seen.lo - range.first, 0, INT32_MAX) : 0;
-            hi[r] = active ? (int)fad_clamp(seen.hi - range.first, 0, INT32_MAX) : 0;
-            pos[r] = active ? (int)(fad_query_position(&t.seq.span, row.i) - range.first) : 0; /* ALiBi's are short */
-            slope[r] =
-                active && p.alibi_slopes ? -((const float *)p.alibi_slopes)[t.seq.index * p.alibi_stride_b + row.h] : 0;
+            const RowView row(p, t, range, r);
+            lo[r] = row.lo, hi[r] = row.hi, pos[r] = row.pos, slope[r] = row.slope;
         }
     }
+    __device__ __forceinline__ RowView operator[](int r) const { return {lo[r], hi[r], pos[r], slope[r]}; }
 
-    /* N5 for a block of a warp's rows, the first of which is `first`: x from s. HALVES is 1 where a warp has only the
+    /* N5 and N4 for a block of a warp's rows, the first of which is `first`. HALVES is 1 where a warp has only the
      * rows g. */
     template <int HALVES = 2>
     __device__ __forceinline__ void apply_options(ScoreTile &s, const ScoreRule &rule, int first, int block) const {
-        const int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int e = 0; e < 2 * HALVES; e++) {
-            const int r = first + lane / 4 + e / 2 * 8;
-            const float minus_slope = slope[r];
-            const int distance = pos[r] - block * BLOCK_KEYS - lane % 4 * 2 - e % 2; /* of the tile's first key */
-#pragma unroll
-            for (int n = 0; n < KEY_TILES; n++) {
-                s[n][e] = fad_f32_scaled_score(s[n][e], rule.scaled, rule.softcap);
-                if (rule.alibi)
-                    s[n][e] = fad_f32_fma(minus_slope, fabsf((float)(distance - n * 8)), s[n][e]);
-            }
-        }
+        for (int half = 0; half < HALVES; half++)
+            (*this)[first + threadIdx.x % 32 / 4 + half * 8].apply_options(s, half, rule, block);
     }
-
-    /* N4: -inf where a row does not see a key. */
     template <int HALVES = 2> __device__ __forceinline__ void mask(ScoreTile &s, int first, int block) const {
-        const int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int half = 0; half < HALVES; half++) {
-            const int r = first + lane / 4 + half * 8, here = block * BLOCK_KEYS + lane % 4 * 2;
-            const int from = lo[r] - here, to = hi[r] - here;
-#pragma unroll
-            for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-                for (int e = 0; e < 2; e++)
-                    if (n * 8 + e < from || n * 8 + e >= to)
-                        s[n][half * 2 + e] = -INFINITY;
-        }
+        for (int half = 0; half < HALVES; half++)
+            (*this)[first + threadIdx.x % 32 / 4 + half * 8].mask(s, half, block);
     }
 
     /* The keys of a block that row r sees: what is outside it is not there. */

@@ -25,18 +25,22 @@ template <int N> static __device__ __forceinline__ void rescale(float (&o)[N][4]
             o[n][e] = fad_f32_mul(o[n][e], alpha[e / 2]);
 }
 
-/* Two 16-bit values: whether any is Inf or NaN. */
-template <fad_dtype T> static __device__ __forceinline__ bool not_finite(unsigned pair) {
-    constexpr unsigned EXPONENT = T == FAD_BFLOAT16 ? 0x7f80u : 0x7c00u;
-    return (pair & EXPONENT) == EXPONENT || (pair >> 16 & EXPONENT) == EXPONENT;
+/* Two 16-bit values: not 0 if any is Inf or NaN. Adding its lowest bit to an exponent carries if all bits are set. */
+template <fad_dtype T> static __device__ __forceinline__ unsigned exponents_full(unsigned pair) {
+    constexpr unsigned EXPONENTS = T == FAD_BFLOAT16 ? 0x7f807f80u : 0x7c007c00u;
+    constexpr unsigned LOWEST = T == FAD_BFLOAT16 ? 0x00800080u : 0x04000400u;
+    return ((pair & EXPONENTS) + LOWEST) & 0x80008000u;
 }
 
 /* Whether this warp finds Inf or NaN in the values of a block. */
 template <fad_dtype T, int CHUNKS> static __device__ bool values_not_finite(const char *v) {
-    bool bad = false;
-    for (int at = threadIdx.x % 32; at < BLOCK_KEYS * CHUNKS * 4; at += 32)
-        bad |= not_finite<T>(((const unsigned *)v)[at]);
-    return __any_sync(~0u, bad);
+    unsigned full = 0;
+#pragma unroll 4
+    for (int at = threadIdx.x % 32; at < BLOCK_KEYS * CHUNKS; at += 32) {
+        const uint4 x = ((const uint4 *)v)[at];
+        full |= exponents_full<T>(x.x) | exponents_full<T>(x.y) | exponents_full<T>(x.z) | exponents_full<T>(x.w);
+    }
+    return __any_sync(~0u, full != 0);
 }
 
 /* N11 where a block has Inf or NaN that some row of the warp does not see: each row meets only the values that it sees.

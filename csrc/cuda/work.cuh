@@ -16,6 +16,16 @@ struct Work {
 
 static __device__ __forceinline__ int64_t first_item(const Work &) { return blockIdx.x; }
 
+/* The next item of this thread block, taken by one warp. */
+static __device__ __forceinline__ int64_t take_item(const Work &work) {
+    unsigned long long taken = 0;
+    if (!work.counter)
+        return work.n_items;
+    if (threadIdx.x % 32 == 0)
+        taken = atomicAdd(work.counter, 1ull);
+    return (int64_t)__shfl_sync(~0u, taken, 0) + gridDim.x;
+}
+
 /* The next item of this thread block. shared: one value in shared memory. */
 static __device__ __forceinline__ int64_t next_item(const Work &work, int64_t *shared) {
     if (!work.counter)
@@ -77,18 +87,27 @@ static __device__ KeyRange key_range(const fad_attn_problem &p, const Tile &t, i
     return range;
 }
 
-/* Which tile and keys an item is, into shared memory; false if there is nothing in it. */
+/* Which tile and keys an item is, into shared memory, by one warp; false if there is nothing in it. */
+static __device__ bool find_item(const fad_attn_problem &p, const Work &work, int rows, int64_t number, Tile &shared,
+                                 KeyRange &range) {
+    const Tile t = locate_tile(p, rows, number % work.n_tiles);
+    if (threadIdx.x % 32 == 0) {
+        const int64_t from = number / work.n_tiles * work.item_splits;
+        shared = t;
+        if (t.exists)
+            range = key_range(p, t, from,
+                              work.partials.o ? min(from + work.item_splits, work.partials.n_splits) : MOST_SPLITS);
+    }
+    return t.exists;
+}
+
+/* The same for a whole thread block. */
 static __device__ bool share_item(const fad_attn_problem &p, const Work &work, int rows, int64_t number, Tile &t,
                                   KeyRange &range) {
-    if (!share_tile(p, rows, number % work.n_tiles, t))
-        return false;
-    if (threadIdx.x == 0) {
-        const int64_t from = number / work.n_tiles * work.item_splits;
-        range =
-            key_range(p, t, from, work.partials.o ? min(from + work.item_splits, work.partials.n_splits) : MOST_SPLITS);
-    }
-    __syncthreads(); /* the range may be read */
-    return true;
+    if (threadIdx.x < 32)
+        find_item(p, work, rows, number, t, range);
+    __syncthreads(); /* tile and range may be read */
+    return t.exists;
 }
 
 #endif

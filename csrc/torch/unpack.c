@@ -159,8 +159,8 @@ fad_status fad_torch_unpack(fad_torch_call *call, const StableIValue *stack) {
     p->softcap = as_double(stack[ARG_SOFTCAP]);
     p->split_size = (int64_t)stack[ARG_SPLIT_SIZE];
     const int64_t arithmetic = (int64_t)stack[ARG_ARITHMETIC];
-    REQUIRE(call, arithmetic >= FAD_ARITHMETIC_AUTO && arithmetic <= FAD_ARITHMETIC_MMA,
-            "arithmetic is %lld, expected 0 (auto), 1 (fma) or 2 (mma)", LL(arithmetic));
+    REQUIRE(call, arithmetic >= FAD_ARITHMETIC_AUTO && arithmetic <= FAD_ARITHMETIC_MMA_SM80,
+            "arithmetic is %lld, expected 0 (auto), 1 (fma), 2 (mma), 3 (mma_sm90) or 4 (mma_sm80)", LL(arithmetic));
     p->arithmetic = (fad_arithmetic)arithmetic;
     return FAD_OK;
 }

@@ -1,1 +1,5 @@
-"""The commands behind ``flash-attn-det``: verify, bench and info. Nothing in the library imports them."""
+"""The sub-commands of the command line: each module named like one has ``run(arguments)``."""
+
+
+class CannotRun(Exception):
+    """The command cannot run as asked, for a reason that the message gives; the exit code is 2."""

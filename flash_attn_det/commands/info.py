@@ -9,6 +9,7 @@ from flash_attn_det.commands import machine
 
 def run(arguments: argparse.Namespace) -> int:
     """The command. Prints one fact per line and returns 0."""
-    for name, value in machine.facts().items():
+    facts = {name: value for device in machine.devices(None) for name, value in machine.facts(device).items()}
+    for name, value in facts.items():
         print(f"{name}: {value}")
     return 0

@@ -15,6 +15,7 @@ import torch
 
 import flash_attn_det as fad
 from flash_attn_det import _library, _schedule
+from flash_attn_det.commands import CannotRun, measure
 
 
 def cpu_model() -> str:
@@ -27,26 +28,66 @@ def cpu_model() -> str:
     return platform.machine()
 
 
+def _git(*arguments: str) -> str | None:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def commit() -> str:
-    """The commit of the checkout in the working directory, marked when files differ from it."""
+    """The commit of the checkout in the working directory, marked when files other than the report differ from it."""
     if not Path("csrc/flash_attn_det.h").exists() or shutil.which("git") is None:
         return "not run from a checkout"
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty=, with local changes", "--abbrev=12", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() if described.returncode == 0 else "not run from a checkout"
+    described = _git("describe", "--always", "--abbrev=12", "--exclude=*")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!VERIFIED_RESULTS.md")
+    return "not run from a checkout" if described is None else described + (", with local changes" if changes else "")
 
 
-def facts() -> dict[str, str]:
-    """Machine, software and settings, in the order in which they are printed."""
-    contract = fad.contract()
+def devices(asked: str | None) -> list[str]:
+    """The device that was asked for, or all that torch can use here. Raises CannotRun for a GPU that is not there."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise CannotRun("--device cuda needs a CUDA GPU that torch can use: torch.cuda.is_available() is False")
+    return [asked] if asked else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def driver() -> str:
+    """Version of the NVIDIA driver, as its own tool tells it."""
+    if shutil.which("nvidia-smi") is None:
+        return "unknown: nvidia-smi is not on the PATH"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "unknown: nvidia-smi failed"
+
+
+def l2_bytes() -> int:
+    """Size of the current GPU's L2 cache."""
+    return torch.cuda.get_device_properties().L2_cache_size
+
+
+def _processor_facts() -> dict[str, str]:
     return {
         "processor": f"{cpu_model()}, {os.cpu_count()} logical cores",
         "instruction sets": f"{', '.join(_schedule.isas())} (best first)",
         "FLASH_ATTN_DET_ISA": os.environ.get("FLASH_ATTN_DET_ISA", "not set"),
+    }
+
+
+def _gpu_facts() -> dict[str, str]:
+    gpu = torch.cuda.get_device_properties()
+    memory, l2 = f"{gpu.total_memory / 2**30:.0f} GiB", f"{l2_bytes() / 2**20:.0f} MiB"
+    return {
+        "GPU": f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} multiprocessors, "
+        f"{memory}, L2 cache {l2}",
+        "driver": driver(),
+        "CUDA": f"{torch.version.cuda} (torch's), cuDNN {torch.backends.cudnn.version()}",
+        "processor": f"{cpu_model()}, {os.cpu_count()} logical cores",
+    }
+
+
+def facts(device: str) -> dict[str, str]:
+    """Machine, software and settings, in the order in which they are printed."""
+    contract = fad.contract()
+    return {
+        **(_gpu_facts() if device == "cuda" else _processor_facts()),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "load": f"{os.getloadavg()[0]:.1f} processes in the last minute, before this one",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
@@ -84,3 +125,25 @@ def fma_peak(threads: int) -> float:
             flops = sum(pool.map(_library.fma_flops, [iterations] * threads))
             best = max(best, flops / (time.perf_counter() - start))
     return best
+
+
+# The matrix product and the copy that a GPU's ceilings are taken from.
+MATMUL_SIDE = 8192
+COPY_BYTES = 1 << 32
+
+
+@functools.cache
+def matmul_flops(dtype: torch.dtype) -> float:
+    """FLOP per second of torch's square matrix product on the GPU; float32 without TF32."""
+    a, b = (torch.randn(MATMUL_SIDE, MATMUL_SIDE, device="cuda", dtype=dtype) for _ in range(2))
+    (seconds,) = measure.cuda_medians([lambda: a @ b], 0.03)  # short, as clocks fall when it lasts
+    return 2 * MATMUL_SIDE**3 / seconds
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a copy inside the GPU's memory."""
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    (seconds,) = measure.cuda_medians([lambda: target.copy_(source)], 0.05)
+    return 2 * COPY_BYTES / seconds

@@ -70,7 +70,72 @@ def peak_extra_bytes(call: Callable[[], object]) -> int | None:
     return max(0, _status_bytes("VmHWM") - before)
 
 
+def _event_pair(call: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    return start, end
+
+
+def _event_samples(calls: list[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Seconds of each call in each round, the calls in turns; the host runs ahead and waits at the end."""
+    pairs = [[_event_pair(call) for call in calls] for _ in range(rounds)]
+    torch.cuda.synchronize()
+    return [[start.elapsed_time(end) / 1e3 for start, end in taken] for taken in zip(*pairs, strict=True)]
+
+
+def cuda_medians(calls: list[Callable[[], object]], seconds: float) -> list[float]:
+    """Median seconds of each call between two CUDA events, in turns, in about ``seconds``; at least 5 rounds.
+
+    The time of a call that the GPU finishes before the host has prepared the next one includes that wait.
+    """
+    _event_samples(calls, 2)  # warms up
+    estimate = sum(map(statistics.median, _event_samples(calls, 3)))
+    rounds = max(5, min(100, int(seconds / estimate)))
+    return [statistics.median(taken) for taken in _event_samples(calls, rounds)]
+
+
+def capture(call: Callable[[], object], count: int = 1) -> torch.cuda.CUDAGraph:
+    """A CUDA graph that holds a call ``count`` times.
+
+    The call must have run before: what happens only once cannot be recorded.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            call()
+    return graph
+
+
+def replay_medians(calls: list[Callable[[], object]], seconds: float) -> list[float]:
+    """Median seconds of each call inside a CUDA graph, in turns, in about ``seconds``: no host work in between.
+
+    A graph holds the call as often as fits into some milliseconds, at most 50 times, so that its launch does not count.
+    """
+    _event_samples(calls, 2)
+    counts = [max(1, min(50, int(5e-3 / statistics.median(taken)))) for taken in _event_samples(calls, 3)]
+    graphs = [capture(call, count) for call, count in zip(calls, counts, strict=True)]
+    medians = cuda_medians([graph.replay for graph in graphs], seconds)
+    return [taken / count for taken, count in zip(medians, counts, strict=True)]
+
+
+def cuda_peak_extra_bytes(call: Callable[[], object]) -> int:
+    """Bytes that one call adds to torch's CUDA memory at its peak, its result included."""
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def error(result: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
     """Largest and root-mean-square difference of ``result`` from ``exact``, in float64. NaN stays NaN."""
     difference = result.double() - exact.double()
     return difference.abs().max().item(), difference.square().mean().sqrt().item()
+
+
+def accurate(largest: float, others: float, exact: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a largest error is that of the dtype: at most four times another's, or a few roundings of the output."""
+    return largest <= max(4 * others, 4 * torch.finfo(dtype).eps * exact.abs().max().item())

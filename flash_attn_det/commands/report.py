@@ -22,7 +22,7 @@ class Grid:
         """Print the table to a terminal or a file."""
         table = Table(title=self.title, title_justify="left", title_style="bold")
         for index, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if index < self.text_columns else "right")
+            table.add_column(column, justify="left" if index < self.text_columns else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         console.print(table)
@@ -37,7 +37,13 @@ class Grid:
 
 def console() -> Console:
     """Standard output; as wide as the terminal, or wide enough for every table where there is none."""
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 240)
+
+
+def print_facts(console: Console, facts: dict[str, str]) -> None:
+    """One fact a line."""
+    for name, value in facts.items():
+        console.print(f"  {name}: {value}")
 
 
 def seconds(value: float) -> str:

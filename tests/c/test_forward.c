@@ -1,5 +1,6 @@
 /* Random calls through the public API, between guard pages, against one row at a time of the contract's own headers:
- * every instruction set, layout and dtype, dense and packed, any strides, on a workspace full of rubbish. */
+ * every instruction set, layout and dtype, dense and packed, any strides, on a workspace full of rubbish. The same calls
+ * with emulated tensor cores, one instruction set against the other. */
 #include "check.h"
 
 #include <pthread.h>
@@ -280,6 +281,56 @@ static void compare(const fad_attn_problem *p, const char *what, int first) {
     }
 }
 
+static fad_schedule random_schedule(uint64_t *rng, int32_t isa) {
+    return (fad_schedule){.isa = fad_cpu_isa(isa),
+                          .layout = (int32_t)random_in(rng, 0, 2),
+                          .tile_rows = random_in(rng, 0, 2) ? 0 : (int32_t)random_in(rng, 1, 256),
+                          .split_parallel = (int32_t)random_in(rng, 0, 2)};
+}
+
+/* One forward under a schedule, on a workspace full of rubbish. what: gets the call in words. */
+static void forward(uint64_t *rng, const fad_attn_problem *p, const fad_schedule *s, char *what, size_t size,
+                    uint64_t seed) {
+    const int32_t threads = (int32_t)random_in(rng, 1, 4);
+    size_t workspace_bytes;
+    snprintf(what, size, "call %llu, arithmetic %d, %s, layout %d, tile_rows %d, split_parallel %d, %d threads",
+             (unsigned long long)seed, p->arithmetic, s->isa, s->layout, s->tile_rows, s->split_parallel, threads);
+    CHECK(fad_force_schedule(s) == FAD_OK, "%s: %s", what, fad_last_error());
+    CHECK(fad_attn_workspace(p, threads, &workspace_bytes) == FAD_OK, "%s: %s", what, fad_last_error());
+    guarded workspace = guarded_alloc(workspace_bytes, 64, GUARD_END);
+    for (size_t i = 0; i + 8 <= workspace_bytes; i += 8) /* the rubbish that overflows most easily */
+        memcpy((char *)workspace.data + i, &(int64_t){random_bits(rng) & 1 ? INT64_MIN : INT64_MAX}, 8);
+    const fad_runtime r = {threads, threads > 1 ? parallel_for : NULL, workspace.data, workspace_bytes, NULL};
+    CHECK(fad_attn_forward(p, &r) == FAD_OK, "%s: %s", what, fad_last_error());
+    guarded_free(&workspace);
+}
+
+/* Emulated tensor cores: every instruction set gives the bits of the first, which go into the digest. */
+static void emulated_calls(uint64_t *rng, const fad_attn_problem *problem, const guarded *out, const guarded *lse,
+                           uint64_t seed) {
+    fad_attn_problem p = *problem;
+    char *expected = malloc(out->bytes + lse->bytes + 1);
+    CHECK(expected, "malloc");
+    p.arithmetic = seed % 3 ? FAD_ARITHMETIC_MMA_SM90 : FAD_ARITHMETIC_MMA_SM80; /* rng is not the same everywhere */
+    for (int32_t isa = 0; fad_cpu_isa(isa); isa++) {
+        char what[128];
+        const fad_schedule s = random_schedule(rng, isa);
+        memset(out->data, 0xa5, out->bytes);
+        memset(lse->data, 0xa5, lse->bytes);
+        forward(rng, &p, &s, what, sizeof what, seed);
+        if (isa == 0) {
+            memcpy(expected, out->data, out->bytes);
+            memcpy(expected + out->bytes, lse->data, lse->bytes);
+            add_to_digest(out->data, out->bytes);
+            add_to_digest(lse->data, lse->bytes);
+        }
+        CHECK(same_bits(expected, out->data, out->bytes), "%s: out differs from that of %s", what, fad_cpu_isa(0));
+        CHECK(same_bits(expected + out->bytes, lse->data, lse->bytes), "%s: lse differs from that of %s", what,
+              fad_cpu_isa(0));
+    }
+    free(expected);
+}
+
 static void one_call(uint64_t seed) {
     static double slopes_f64[MAX_B * 8], sinks_f64[8];
     static float slopes_f32[MAX_B * 8], sinks_f32[8];
@@ -328,25 +379,14 @@ static void one_call(uint64_t seed) {
 
     for (int32_t isa = 0; fad_cpu_isa(isa); isa++) {
         char what[128];
-        const fad_schedule s = {fad_cpu_isa(isa), (int32_t)random_in(&rng, 0, 2),
-                                random_in(&rng, 0, 2) ? 0 : (int32_t)random_in(&rng, 1, 256),
-                                (int32_t)random_in(&rng, 0, 2)};
-        const int32_t threads = (int32_t)random_in(&rng, 1, 4);
-        size_t workspace_bytes;
-        snprintf(what, sizeof what, "call %llu, %s, layout %d, tile_rows %d, split_parallel %d, %d threads",
-                 (unsigned long long)seed, s.isa, s.layout, s.tile_rows, s.split_parallel, threads);
-        CHECK(fad_force_schedule(&s) == FAD_OK, "%s: %s", what, fad_last_error());
-        CHECK(fad_attn_workspace(&p, threads, &workspace_bytes) == FAD_OK, "%s: %s", what, fad_last_error());
-        guarded workspace = guarded_alloc(workspace_bytes, 64, GUARD_END);
-        for (size_t i = 0; i + 8 <= workspace_bytes; i += 8) /* the rubbish that overflows most easily */
-            memcpy((char *)workspace.data + i, &(int64_t){random_bits(&rng) & 1 ? INT64_MIN : INT64_MAX}, 8);
-        const fad_runtime r = {threads, threads > 1 ? parallel_for : NULL, workspace.data, workspace_bytes, NULL};
+        const fad_schedule s = random_schedule(&rng, isa);
         memset(out.memory.data, 0xa5, out.memory.bytes);
         memset(lse.memory.data, 0xa5, lse.memory.bytes);
-        CHECK(fad_attn_forward(&p, &r) == FAD_OK, "%s: %s", what, fad_last_error());
+        forward(&rng, &p, &s, what, sizeof what, seed);
         compare(&p, what, isa == 0);
-        guarded_free(&workspace);
     }
+    if (p.dtype == FAD_FLOAT16 || p.dtype == FAD_BFLOAT16)
+        emulated_calls(&rng, &p, &out.memory, &lse.memory, seed);
     CHECK(fad_force_schedule(NULL) == FAD_OK, "%s", fad_last_error());
     guarded_free(&q.memory);
     guarded_free(&k.memory);

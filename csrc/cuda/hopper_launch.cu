@@ -1,0 +1,52 @@
+/* Whether and how a Hopper kernel runs: the tables of its shapes, and K and V described for the copy engine. */
+#include "hopper_kernel.cuh"
+#include "host.cuh"
+
+const HopperKernel *find_hopper_kernel(const fad_attn_problem *p) {
+    const HopperKernels table = p->dtype == FAD_BFLOAT16 ? hopper_tile_bf16() : hopper_tile_fp16();
+    const HopperKernel *found = table.begin;
+    while (found < table.end && found->shape.dims < max(p->D, p->Dv))
+        found++;
+    return found < table.end ? found : nullptr;
+}
+
+/* The driver's function, found at run time: this library is not linked against it. */
+typedef CUresult (*EncodeTiled)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                                const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
+                                CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+static EncodeTiled encoder() {
+    static const EncodeTiled found = [] {
+        void *function = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        const cudaError_t error =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? (EncodeTiled)function : nullptr;
+    }();
+    return found;
+}
+
+/* Boxes of 64 keys by 64 dims of a view [B, Sk, Hk, dims], swizzled by 128 bytes, zeros outside the buffer. False where
+ * the copy engine cannot address it. */
+static bool describe(const fad_attn_problem *p, const fad_view &view, int64_t dims, CUtensorMap *map) {
+    const cuuint64_t sizes[4] = {(cuuint64_t)dims, (cuuint64_t)p->Sk, (cuuint64_t)p->Hk,
+                                 (cuuint64_t)(p->cu_seqlens_k ? 1 : p->B)};
+    const int64_t strides[3] = {view.stride_s, view.stride_h, view.stride_b};
+    cuuint64_t bytes[3];
+    const cuuint32_t box[4] = {64, FAD_BLOCK_KV, 1, 1}, steps[4] = {1, 1, 1, 1};
+    for (int i = 0; i < 3; i++) {
+        if (sizes[i + 1] > 1 && (strides[i] <= 0 || strides[i] >= INT64_C(1) << 39))
+            return false;
+        bytes[i] = sizes[i + 1] > 1 ? (cuuint64_t)strides[i] * 2 : 16; /* of one row, one head: not used */
+    }
+    for (int i = 0; i < 4; i++)
+        if (sizes[i] == 0 || sizes[i] > INT32_MAX)
+            return false;
+    return encoder() &&
+           encoder()(map, p->dtype == FAD_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                     4, view.data, sizes, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+bool describe_keys(const fad_attn_problem *p, CUtensorMap *k, CUtensorMap *v) {
+    return describe(p, p->k, p->D, k) && describe(p, p->v, p->Dv, v);
+}

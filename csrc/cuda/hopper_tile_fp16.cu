@@ -1,0 +1,10 @@
+#include "hopper_tile.cuh"
+
+HopperKernels hopper_tile_fp16() {
+    static const HopperKernel kernels[] = {
+        hopper_kernel_of<HopperShape<FAD_FLOAT16, 64, 3, 4, 32, 160>>(),
+        hopper_kernel_of<HopperShape<FAD_FLOAT16, 128, 2, 4, 56, 224>>(),
+        hopper_kernel_of<HopperShape<FAD_FLOAT16, 256, 2, 2, 56, 224>>(),
+    };
+    return {kernels, kernels + sizeof kernels / sizeof *kernels};
+}
