@@ -3,6 +3,7 @@
 from . import integrations
 from ._version import __version__
 from .attention import attn, attn_partials, attn_varlen
+from .audit import AuditError, AuditReport, AuditSummary, audit, audited
 from .compat import flash_attn_func, flash_attn_varlen_func
 from .determinism import (
     contract,
@@ -15,11 +16,16 @@ from .determinism import (
 from .merge import Partials, merge_partials
 
 __all__ = [
+    "AuditError",
+    "AuditReport",
+    "AuditSummary",
     "Partials",
     "__version__",
     "attn",
     "attn_partials",
     "attn_varlen",
+    "audit",
+    "audited",
     "contract",
     "flash_attn_func",
     "flash_attn_varlen_func",

@@ -1,4 +1,4 @@
-"""Forces choices of the scheduler, for tests that prove that no choice changes a bit. Not part of the public API."""
+"""Forces choices of the scheduler: for tests that prove that no choice changes a bit, and for audits. Not public."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

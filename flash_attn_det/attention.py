@@ -93,6 +93,20 @@ def _window(window: tuple[int, int]) -> tuple[int, int]:
     return window[0], window[1]
 
 
+def _for_tensor_cores(t: Tensor) -> Tensor:
+    """t with rows that can be read 16 bytes at a time: a copy, its last dimension padded with zeros, unless it has."""
+    strides = [stride for stride, size in zip(t.stride()[:-1], t.shape[:-1], strict=True) if size > 1]
+    offset = 0 if torch.compiler.is_compiling() else t.storage_offset()
+    if all(n % 8 == 0 for n in (t.shape[-1], offset, *strides)):
+        return t
+    return torch.nn.functional.pad(t, (0, -t.shape[-1] % 8)).clone(memory_format=torch.contiguous_format)
+
+
+def _unpadded(values: Tensor, v: Tensor) -> Tensor:
+    """The value dims that the caller's v has."""
+    return values if values.shape[-1] == v.shape[-1] else values[..., : v.shape[-1]].contiguous()
+
+
 def _arguments(
     q, k, v, *, causal, scale, window, softcap, alibi_slopes, sinks, split_size, arithmetic,
     cu_seqlens=None, seqused_q=None, seqused_k=None, leftpad_k=None, k_pos=None,
@@ -117,6 +131,8 @@ def _arguments(
     if arithmetic not in _ARITHMETIC:
         raise ValueError(f"arithmetic is {arithmetic!r}, expected one of {', '.join(map(repr, _ARITHMETIC))}")
     head_dim = q.shape[-1]
+    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and arithmetic in ("auto", "mma"):
+        q, k, v = map(_for_tensor_cores, (q, k, v))
     return (
         q, k, v, cu_seqlens_q, cu_seqlens_k,
         _lengths("seqused_q", seqused_q, q, no_lengths, batch),
@@ -173,7 +189,7 @@ def attn(
     split_size: keys per split, a positive multiple of 64; default determinism.get_split_size(). Changes bits.
     arithmetic: "fma" is the portable family with the same bits on every CPU and GPU; "mma" is that of tensor cores;
         "auto" is "mma" for float16 and bfloat16 on a CUDA device and "fma" otherwise. Changes bits.
-        There is no "mma" kernel yet: 16-bit tensors on a CUDA device need arithmetic="fma".
+        "mma" wants rows of a multiple of 16 bytes: others are copied and padded with zeros, which no bit depends on.
         "mma_sm90" computes on the CPU, for float16 and bfloat16, what "mma" gives on a GPU of compute capability 9.0:
         for audits, about 20 times slower than "fma". "mma_sm80" does so for 8.0, after what others have published; this
         project has not compared it with a GPU.
@@ -195,6 +211,7 @@ def attn(
         arithmetic=arithmetic,
     )  # fmt: skip
     out, lse = ops.call(ops.fwd, *arguments)
+    out = _unpadded(out, v)
     return (out, lse) if return_lse else out
 
 
@@ -234,6 +251,7 @@ def attn_varlen(
         split_size=split_size, arithmetic=arithmetic,
     )  # fmt: skip
     out, lse = ops.call(ops.fwd, *arguments)
+    out = _unpadded(out, v)
     return (out, lse) if return_lse else out
 
 
@@ -266,4 +284,4 @@ def attn_partials(
         seqused_q=seqused_q, seqused_k=seqused_k, leftpad_k=leftpad_k, split_size=split_size, arithmetic=arithmetic,
     )  # fmt: skip
     o, m, l = ops.call(ops.fwd_partials, *arguments)
-    return Partials(o, m, l, q.dtype)
+    return Partials(_unpadded(o, v), m, l, q.dtype)

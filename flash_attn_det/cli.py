@@ -1,4 +1,4 @@
-"""The ``flash-attn-det`` command line: verify what holds on this machine, time it, or print the configuration."""
+"""The ``flash-attn-det`` command line: verify what holds here, audit it, time it, or print the configuration."""
 
 from __future__ import annotations
 
@@ -25,6 +25,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_device(verify, "default: the CPU, and the GPU if there is one")
     _add_markdown(verify)
+
+    audit = commands.add_parser(
+        "audit", help="compute sampled rows of attention again on the CPU, bit by bit; exit code 1 when any differs"
+    )
+    _add_device(audit, "default: the GPU if there is one, else the CPU")
+    audit.add_argument("--rows", type=_positive, default=1000, metavar="N", help="rows of each case (default: 1000)")
+    audit.add_argument("--seed", type=int, default=0, metavar="N", help="of the inputs and of the sample (default: 0)")
 
     bench = commands.add_parser("bench", help="time, accuracy and memory beside other attentions")
     _add_device(bench, "default: the GPU if there is one, else the CPU")

@@ -5,6 +5,9 @@ to torch 2.10 cannot pass None. Users call attention.py; the ops are what graphs
 """
 
 import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -74,6 +77,33 @@ torch.library.register_autograd("flash_attn_det::fwd", _backward, lib=_library_h
 torch.library.register_autograd("flash_attn_det::fwd_partials", _backward, lib=_library_handle)
 
 
+class _Observers(threading.local):
+    def __init__(self):  # runs once in every thread; torch.compile guards instance attributes, so no class attribute
+        self.value = ()
+
+
+_observers = _Observers()
+
+
+def observers() -> tuple[Callable, ...]:
+    """What sees the calls of this thread."""
+    return _observers.value
+
+
+@contextmanager
+def observed_by(*observers: Callable) -> Iterator[None]:
+    """Within the block, observer(arguments, results) follows every fwd of this thread, for these observers alone.
+
+    Not those inside a graph that torch.compile made, which do not pass here.
+    """
+    outer = _observers.value
+    _observers.value = observers
+    try:
+        yield
+    finally:
+        _observers.value = outer
+
+
 def call(op, *arguments) -> tuple[Tensor, ...]:
     """Run one of the ops; a failure of the C library becomes ValueError, NotImplementedError or RuntimeError.
 
@@ -83,13 +113,17 @@ def call(op, *arguments) -> tuple[Tensor, ...]:
     if torch.compiler.is_compiling():
         return op(*arguments)
     try:
-        return op(*arguments)
+        results = op(*arguments)
     except RuntimeError as error:
         match = _ERROR.search(str(error))
         if match is None:
             raise
         status, detail = match.groups()
         raise _EXCEPTIONS[status](detail) from None
+    if op is fwd:
+        for observer in _observers.value:
+            observer(arguments, results)
+    return results
 
 
 fwd = torch.ops.flash_attn_det.fwd.default

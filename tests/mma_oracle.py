@@ -106,7 +106,7 @@ def _scores(seq: reference._Sequence) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def lane_sums(p: torch.Tensor) -> torch.Tensor:
-    """N7: b_t of one block. p [..., 64] in fp32 -> [..., 4]."""
+    """N7: b_t of one block. p [..., 64] in fp32, of rounded values -> [..., 4]."""
     pairs = p.unflatten(-1, (8, 4, 2))  # key 8 i + 2 t + e
     b = torch.zeros_like(pairs[..., 0, :, 0])
     for i in range(8):
@@ -138,8 +138,9 @@ def _split(seq: reference._Sequence, x: torch.Tensor, c: torch.Tensor, first: in
         moved, at = reference._power_of_two(m_old - m, _FP32)[..., None], m[..., None]
         argument = torch.where(at.abs() > _FP32.limit, x_block * c - at, reference._fma(x_block, c, -at))
         p = torch.where(seen, exp2(argument), 0.0)
+        p = p.to(seq.q.dtype).float()
         lanes = lanes * moved + lane_sums(p)
-        rounded = p.to(seq.q.dtype).double().numpy()
+        rounded = p.double().numpy()
         values = _in_block(v, keys, block).numpy()
         o = _fp32(chain(rounded[:, :, None], values[:, None], (o * moved).double().numpy(), seq.q.dtype))
     return o, m, (lanes[..., 0] + lanes[..., 1]) + (lanes[..., 2] + lanes[..., 3])

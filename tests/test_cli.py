@@ -519,7 +519,7 @@ def test_markdown_refuses_files_of_another_kind(command: str, tmp_path: Path, ca
     assert (tmp_path / "README.md").read_text() == "# flash_attn_det\n"
 
 
-@pytest.mark.parametrize("command", ["verify", "bench"])
+@pytest.mark.parametrize("command", ["verify", "audit", "bench"])
 def test_gpu_that_is_not_there(command: str, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main([command, "--device", "cuda"]) == 2
@@ -695,4 +695,4 @@ def test_seconds(value: float, text: str):
 
 def test_commands_take_the_parser_s_result():
     """cli finds commands by name, so each must exist and have run()."""
-    assert set(subcommands()) == {"verify", "bench", "info"}
+    assert set(subcommands()) == {"verify", "audit", "bench", "info"}

@@ -4,8 +4,9 @@ Both round P and the result to 16 bits. A number is in error by up to u of its s
 epsilon, and by 0.425 u in the root mean square over significands of every size (uniform in the logarithm). So where
 torch has no such call, the expected error is known: that of the result, and that of every weight times its value.
 
-One difference is wanted. Flash attention's largest p of a row is 1, which 16 bits hold; here references are integers
-(N6), it lies between 2^-1/2 and 2^1/2, and is rounded like any other. Where one key outweighs the rest, that shows.
+Flash attention's largest p of a row is 1, which 16 bits hold; here references are integers (N6), it lies between 2^-1/2
+and 2^1/2, and is rounded like any other. But l sums p as rounded (N7), so that where one key outweighs the rest the
+quotient does not see it. lse does, and is in error by up to u.
 """
 
 import math
@@ -74,20 +75,15 @@ COMPARED |= {f"{name}, causal": {**shape, "causal": True} for name, shape in COM
 @every_16_bit_dtype
 @pytest.mark.parametrize("shape", COMPARED.values(), ids=COMPARED)
 def test_error_is_that_of_flash_attention(dtype, shape):
-    """The root mean square is within a tenth, after what an integer reference costs. A maximum over a million elements
-    depends on chance, and is given half."""
+    """The root mean square is within a tenth. A maximum over many elements depends on chance: half more."""
     shape = dict(shape)
     causal = shape.pop("causal", False)
     q, k, v = tensors(dtype, **shape)
     exact = attn_oracle(q, k, v, causal=causal)
     ours = fad.attn(q, k, v, causal=causal).double() - exact
     theirs = flash(q, k, v, causal).double() - exact
-    weight, key = weights_of(q, k, causal=causal).max(-1)  # [B, Sq, Hq]
-    index = key.unsqueeze(-1).expand(*key.shape, v.shape[3])
-    largest = weight.unsqueeze(-1) * per_query_head(v, q).gather(1, index)  # the heaviest key's part of the result
-    u = torch.finfo(dtype).eps / 2
-    assert rms(ours) <= 1.1 * math.hypot(rms(theirs), ROUNDING * u * rms(largest))
-    assert ours.abs().max() <= 1.5 * (theirs.abs().max() + u * largest.abs().max())
+    assert rms(ours) <= 1.1 * rms(theirs)
+    assert ours.abs().max() <= 1.5 * theirs.abs().max()
 
 
 OPTIONS = {
@@ -126,7 +122,7 @@ def test_error_is_that_of_one_rounding_of_p_and_one_of_the_result(dtype, options
     assert (error.abs() <= 1.01 * (u * exact.abs() + (u + 1e-4 * gain) * share) + lost).all()
     seen = exact_lse.isfinite()
     assert torch.equal(seen, lse.isfinite())
-    assert (lse.double() - exact_lse)[seen].abs().max() <= 1e-5 * gain
+    assert (lse.double() - exact_lse)[seen].abs().max() <= 1e-5 * gain + u
 
 
 @every_16_bit_dtype

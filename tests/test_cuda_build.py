@@ -88,7 +88,13 @@ def read_ptx(build: Path, name: str) -> str:
     return (build / "cuda" / f"{name}.ptx").read_text()
 
 
-@pytest.mark.parametrize("name", SOURCES)
+SPILLING = {
+    name: pytest.mark.xfail(reason="spills a few registers, in what runs once a tile: docs/performance.md", strict=True)
+    for name in ("hopper_tile_bf16", "hopper_tile_fp16", "mma_tile_bf16", "mma_tile_fp16")
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SPILLING.get(name, ())) for name in SOURCES])
 def test_kernels_do_not_spill_registers(build, name):
     functions = spilled((build / "cuda" / f"{name}.ptxas").read_text())
     if ".entry" not in read_ptx(build, name):  # a source without kernels
@@ -99,6 +105,14 @@ def test_kernels_do_not_spill_registers(build, name):
     assert all(functions.values())
     spills = [f"{f} on {arch}: {n} bytes" for arch, of in functions.items() for f, n in of.items() if n > 0]
     assert spills == []
+
+
+@pytest.mark.parametrize("name", sorted(HOPPER))
+def test_matrix_instructions_are_not_serialised(build, name):
+    """ptxas says so, in words, where it gives up the pipeline: C7510 to C7518. C7519 is a note."""
+    log = (build / "cuda" / f"{name}.ptxas").read_text()
+    assert "Potential Performance Loss" not in log
+    assert re.search(r"C751[0-8]", log) is None
 
 
 EX2 = "ex2.approx.ftz.f32"  # the only instruction whose bits are not IEEE's that N7 names besides the matrix step's

@@ -119,7 +119,7 @@ def test_n8_partials_are_the_same_for_every_kernel_and_merge_to_the_fused_result
             assert_bits_equal(got, expected, f"{name} {kernel}")
     assert not any(part.isnan().any() for part in want[:3])
     assert_same(fad.merge_partials(want, return_lse=True), attention(*qkv, **keywords))
-    if case in LARGE_CASES:
+    if ((want.l > 0).sum(0) > 2).sum() > 500:  # of two states the order does not matter
         backwards = fad.Partials(*(part.flip(0) for part in want[:3]), want.dtype)
         assert differing(fad.merge_partials(backwards, return_lse=True), attention(*qkv, **keywords)) > 0
 
@@ -406,7 +406,7 @@ def test_subnormal_numbers(dtype):
         qkv = [(x * size).to(dtype).cuda() for x, size in zip(tensors(Sq=40), tiny)]
         out, lse = assert_same_in_every_schedule(*qkv, causal=True)
         exact, exact_lse = attn_oracle(*qkv, causal=True, return_lse=True)
-        torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5 + torch.finfo(dtype).eps / 2)
         assert (out.double() - exact).abs().max() <= 2 * torch.finfo(dtype).eps * max(tiny[2], smallest)
         if tiny[2] < 1 and dtype == torch.float16:
             assert (out != 0).double().mean() > 0.1
@@ -450,7 +450,7 @@ def test_n8_sinks_of_every_size(dtype, Sq):
     nothing = [0, 1, 7]  # heads whose sink weighs nothing
     assert_same((out[:, :, nothing], lse[:, nothing]), (without[0][:, :, nothing], without[1][:, nothing]))
     exact, exact_lse = attn_oracle(q, k, v, causal=True, sinks=sinks, return_lse=True)
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-5 + torch.finfo(dtype).eps / 2)
     epsilon = torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), exact, rtol=2 * epsilon, atol=epsilon)
     assert (out[:, :, 4:7].abs() < 1e-6).all()

@@ -70,7 +70,7 @@ static float score(const row *r, int64_t pos) {
     return r->p->alibi_slopes ? fad_f32_fma(-r->slope, fad_f32_abs((float)(r->pos - pos)), s) : s;
 }
 
-/* N7: l_t of one block; p [BLOCK], zero where the row sees no key. */
+/* N7: l_t of one block; p [BLOCK], rounded to the input type, zero where the row sees no key. */
 static void add_lanes(float *l, const float *p, float alpha) {
     for (int t = 0; t < LANES; t++) {
         float b = 0;
@@ -89,7 +89,7 @@ static void add_values(const row *r, const float *p, int64_t block_lo, fad_inter
                 const int64_t pos = block_lo + j + e;
                 if (pos < in.lo || pos >= in.hi)
                     continue;
-                a[e] = widen(narrow(p[j + e], r->p->dtype), r->p->dtype);
+                a[e] = p[j + e];
                 b[e] = widen(key_row(r, &r->p->v, r->seq.v, pos)[d], r->p->dtype);
             }
             o[d] = fad_tensor_core_step(r->core, a, b, STEP, o[d]);
@@ -105,7 +105,7 @@ static void run_block(const row *r, int64_t block_lo, fad_interval in, state *s,
     }
     const float m = fad_f32_reference(s->m, best, r->c), alpha = fad_f32_pow2(fad_f32_sub(s->m, m));
     for (int64_t pos = in.lo; pos < in.hi; pos++)
-        p[pos - block_lo] = fad_mma_probability(x[pos - block_lo], r->c, m);
+        p[pos - block_lo] = widen(narrow(fad_mma_probability(x[pos - block_lo], r->c, m), r->p->dtype), r->p->dtype);
     s->m = m;
     add_lanes(l, p, alpha);
     for (int64_t d = 0; d < r->p->Dv; d++)

@@ -22,10 +22,14 @@ struct HopperShape {
     static constexpr int D = D_; /* of q, k and v, zero-padded */
     static constexpr int CONSUMERS = CONSUMERS_, STAGES = STAGES_;
     static constexpr int PRODUCER_REGISTERS = PRODUCER_REGISTERS_, CONSUMER_REGISTERS = CONSUMER_REGISTERS_;
+    static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <=
+                      (CONSUMERS + 1) * (65536 / (CONSUMERS + 1) / GROUP_THREADS / 8 * 8),
+                  "a warpgroup would wait for registers for ever");
     static constexpr int THREADS = (CONSUMERS + 1) * GROUP_THREADS, ROWS = CONSUMERS * GROUP_ROWS;
     static constexpr int PIECES = D / 64;                             /* of 64 dims = 128 bytes, the width of a box */
     static constexpr int N = D / 8;                                   /* n8 tiles of O */
     static constexpr int BOX = BLOCK_KEYS * 128, TILE = PIECES * BOX; /* bytes: 64 rows of a piece; of all pieces */
+    /* Where there is room: q in registers once an item has begun, and the running O between splits in shared memory. */
     static constexpr bool Q_IN_REGISTERS = D <= 128, REST_IN_SHARED = D <= 128;
 };
 
@@ -36,15 +40,19 @@ struct HopperItem {
     bool exists; /* false: there is no further one */
 };
 
+constexpr int ITEMS = 3;         /* the one before, which a consumer may still read, this one, and the next */
+constexpr int QUERY_WARPS = 3;   /* of the producer */
+constexpr int ALL_CONSUMERS = 8; /* a named barrier; 1 + group is a consumer's own */
+
 template <class S> struct HopperShared {
     alignas(1024) char k[S::STAGES][S::TILE];
     char v[S::STAGES][S::TILE];
     char q[S::CONSUMERS][S::TILE];
     float4 rest[S::REST_IN_SHARED ? S::CONSUMERS : 0][S::N][GROUP_THREADS]; /* the running O of the splits before */
-    HopperItem items[2];
+    HopperItem items[ITEMS];
     /* full: the copies have arrived. empty: every consuming warp is done with it. */
     MemoryBarrier k_full[S::STAGES], k_empty[S::STAGES], v_full[S::STAGES], v_empty[S::STAGES];
-    MemoryBarrier q_full, q_empty, item_full[2], item_empty[2];
+    MemoryBarrier q_full, q_empty, item_full[ITEMS], item_empty[ITEMS];
 };
 
 /* A position in a ring of buffers, and how often it has gone round. */
@@ -57,9 +65,6 @@ struct Ring {
     }
 };
 
-constexpr int QUERY_WARPS = 3;   /* of the producer */
-constexpr int ALL_CONSUMERS = 8; /* a named barrier; 1 + group is a consumer's own */
-
 template <class S> static __device__ void init_barriers(HopperShared<S> &sm) {
     constexpr int CONSUMING_WARPS = S::CONSUMERS * GROUP_WARPS;
     for (int i = 0; i < S::STAGES; i++) {
@@ -70,7 +75,7 @@ template <class S> static __device__ void init_barriers(HopperShared<S> &sm) {
     }
     barrier_init(sm.q_full, QUERY_WARPS * 32);
     barrier_init(sm.q_empty, CONSUMING_WARPS);
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < ITEMS; i++) {
         barrier_init(sm.item_full[i], 1);
         barrier_init(sm.item_empty[i], CONSUMING_WARPS + QUERY_WARPS);
     }
@@ -102,33 +107,38 @@ static __device__ __forceinline__ void copy_blocks(const fad_attn_problem &p, co
     }
 }
 
-/* Warp 0 of the producer. */
+/* Finds the next item that exists, or the end, and publishes it. */
+template <class S>
+static __device__ __forceinline__ bool publish_item(const fad_attn_problem &p, const Work &work, HopperShared<S> &sm,
+                                                    const Ring &slot, int64_t &number) {
+    HopperItem &item = sm.items[slot.index];
+    bool exists = false;
+    barrier_wait(sm.item_empty[slot.index], slot.round ^ 1);
+    for (; number < work.n_items && !exists; number = take_item(work))
+        exists = find_item(p, work, S::ROWS, number, item.t, item.range);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+        item.exists = exists;
+        barrier_arrive(sm.item_full[slot.index]);
+    }
+    return exists;
+}
+
+/* Warp 0 of the producer. Each item is published before the keys of the one before it are copied, so that finding it and
+ * copying its queries cost the consumers no time. */
 template <class S>
 static __device__ __forceinline__ void produce_keys(const fad_attn_problem &p, const Work &work,
                                                     const CUtensorMap &k_map, const CUtensorMap &v_map,
                                                     HopperShared<S> &sm) {
-    const int lane = threadIdx.x % 32;
-    Ring slot, ring;
+    Ring before, slot, ring;
     int64_t number = blockIdx.x;
-    for (;;) {
-        HopperItem &item = sm.items[slot.index];
-        barrier_wait(sm.item_empty[slot.index], slot.round ^ 1);
-        for (;; number = take_item(work)) {
-            item.exists = number < work.n_items && find_item(p, work, S::ROWS, number, item.t, item.range);
-            if (item.exists || number >= work.n_items)
-                break;
-        }
+    for (bool first = true, exists = true; exists; first = false) {
+        exists = publish_item(p, work, sm, slot, number);
+        if (!first && threadIdx.x % 32 == 0)
+            copy_blocks<S>(p, sm.items[before.index], k_map, v_map, sm, ring);
         __syncwarp();
-        if (lane == 0) {
-            barrier_arrive(sm.item_full[slot.index]);
-            if (item.exists)
-                copy_blocks<S>(p, item, k_map, v_map, sm, ring);
-        }
-        __syncwarp();
-        if (!item.exists)
-            return;
-        slot.advance<2>();
-        number = take_item(work);
+        before = slot;
+        slot.advance<ITEMS>();
     }
 }
 
@@ -137,7 +147,7 @@ template <class S>
 static __device__ __forceinline__ void produce_queries(const fad_attn_problem &p, HopperShared<S> &sm) {
     const int thread = threadIdx.x - 32;
     unsigned q_round = 0;
-    for (Ring slot;; slot.advance<2>(), q_round ^= 1) {
+    for (Ring slot;; slot.advance<ITEMS>(), q_round ^= 1) {
         const HopperItem &item = sm.items[slot.index];
         barrier_wait(sm.item_full[slot.index], slot.round);
         if (!item.exists)
@@ -174,7 +184,8 @@ template <class S> struct HopperConsumer {
     Ring keys, values;
     int splits, to_split_end; /* that have ended; blocks up to the end of the current one */
     RowPair total;            /* of the splits that have ended */
-    RunningState state;
+    References references;
+    float l[2]; /* this lane's l_t of rows g and g + 8 */
     unsigned q[S::Q_IN_REGISTERS ? S::D / 16 : 1][4];
     float o[S::N][4];
 
@@ -202,6 +213,7 @@ template <class S> struct HopperConsumer {
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 o[n][e] = 0;
+        l[0] = l[1] = 0;
     }
 
     /* N7: starts S = Q K^T for the next block of keys. */
@@ -237,8 +249,8 @@ template <class S> struct HopperConsumer {
             }
         float x_max[2];
         row_maxima(s, x_max);
-        const bool moved = state.advance(x_max, rule.c, partial, alpha);
-        state.exponentiate(s, rule.c, alpha);
+        const bool moved = references.advance(x_max, rule.c, partial, alpha);
+        references.apply(s, rule.c);
         return moved;
     }
 
@@ -279,19 +291,6 @@ template <class S> struct HopperConsumer {
             wgmma_values<S::T>(o, a[k], matrix_descriptor(sm.v[values.index] + k * 16 * 128, S::BOX));
     }
 
-    /* The state of the split that ends, and an empty one to go on with. */
-    __device__ __forceinline__ RowPair take_state() {
-        RowPair part;
-        state.sum_lanes();
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            part.m[half] = state.reference(half);
-            part.l[half] = state.l[half];
-        }
-        state.clear();
-        return part;
-    }
-
     /* Where the running O rests, this thread's values GROUP_THREADS apart. */
     __device__ __forceinline__ float4 *rest(const Work &work) const {
         const int thread = threadIdx.x % GROUP_THREADS;
@@ -306,7 +305,7 @@ template <class S> struct HopperConsumer {
         if (work.partials.o)
             spill_rows(p, item.t, work.partials, item.range.split + splits, first, part, o, 0, true);
         else if (splits > 0)
-            fold_into(total, rest(work), GROUP_THREADS, sum, o);
+            fold_into(total, [&](int n) { return rest(work)[n * GROUP_THREADS]; }, sum, o);
         total = sum;
         splits++;
     }
@@ -314,7 +313,7 @@ template <class S> struct HopperConsumer {
     /* Block `block` of an item: s holds its probabilities and, unless it is the last, at the end those of the next. */
     template <bool LAST>
     __device__ __forceinline__ void step(const Work &work, const HopperItem &item, int block, ScoreTile &s) {
-        ProbabilityFragments a;
+        ProbabilityFragments a; /* in use until the values step is complete: not written again before */
         RowPair part;
         float alpha[2] = {1, 1};
         bool moved = false;
@@ -330,8 +329,14 @@ template <class S> struct HopperConsumer {
         }
         start_values(a);
         wgmma_commit();
-        if (split_ends)
-            part = take_state();
+#pragma unroll
+        for (int half = 0; half < 2; half++) /* while the tensor cores work */
+            l[half] = fad_f32_add(l[half], lane_sum<S::T>(a, half));
+        if (split_ends) {
+            part.m[0] = references.reference(0);
+            part.m[1] = references.reference(1);
+            references.clear();
+        }
         if (!LAST) {
             wgmma_wait<1>();
             release_keys();
@@ -341,6 +346,8 @@ template <class S> struct HopperConsumer {
         arrive(sm.v_empty[values.index]);
         values.advance<S::STAGES>();
         if (split_ends) {
+            part.l[0] = sum_lanes(l[0]);
+            part.l[1] = sum_lanes(l[1]);
             close_split(work, item, part);
             if (!LAST) {
                 if (!work.partials.o)
@@ -350,6 +357,8 @@ template <class S> struct HopperConsumer {
             }
         } else if (moved) {
             rescale(o, alpha);
+            l[0] = fad_f32_mul(l[0], alpha[0]);
+            l[1] = fad_f32_mul(l[1], alpha[1]);
         }
     }
 
@@ -382,7 +391,7 @@ template <class S> struct HopperConsumer {
     __device__ __forceinline__ void finish(const HopperItem &item) {
         char *staged = S::REST_IN_SHARED ? (char *)sm.rest[group] : sm.q[group];
         staged -= group * GROUP_ROWS * S::D * 2; /* of the tile's row 0 */
-        sync_group();                            /* nobody reads what lies there any more */
+        sync_group();                            /* nobody in the group reads what lies there any more */
         finish_rows<S::T, S::N>(p, item.t, first, total, o, staged, 0, true);
         sync_group(); /* out is staged */
         store_staged<GROUP_ROWS, S::N, GROUP_THREADS>(p, item.t, staged, threadIdx.x % GROUP_THREADS,
@@ -392,14 +401,14 @@ template <class S> struct HopperConsumer {
 
     __device__ __forceinline__ void run(const Work &work) {
         unsigned q_round = 0;
-        for (Ring slot;; slot.advance<2>(), q_round ^= 1) {
+        for (Ring slot;; slot.advance<ITEMS>(), q_round ^= 1) {
             const HopperItem &item = sm.items[slot.index];
             barrier_wait(sm.item_full[slot.index], slot.round);
             if (!item.exists)
                 return;
             barrier_wait(sm.q_full, q_round);
             load_queries();
-            state.clear();
+            references.clear();
             clear();
             splits = 0;
             total = {{FAD_F32_SENTINEL, FAD_F32_SENTINEL}, {0, 0}};

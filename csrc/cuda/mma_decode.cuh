@@ -35,10 +35,10 @@ template <class S> struct MmaDecodeShared {
     char x[S::BLOCKS][S::ROWS * BLOCK_KEYS * 4]; /* scores, then probabilities of 16 bits in the first half of a row */
     float x_max[S::BLOCKS][S::ROWS];             /* largest score */
     float sum[S::BLOCKS][S::ROWS][4];            /* b_t */
-    float m[S::WARPS][S::BLOCKS][S::ROWS];       /* reference after a block, each warp's own copy, */
-    float alpha[S::WARPS][S::BLOCKS][S::ROWS];   /* and the rescale factor before it */
     float l[S::ROWS];
-    float4 rest[S::SLICE_CHUNKS][S::THREADS]; /* the running O of the splits before */
+    float m[S::WARPS][S::BLOCKS][S::ROWS];     /* reference after a block, each warp's own copy, */
+    float alpha[S::WARPS][S::BLOCKS][S::ROWS]; /* and the rescale factor before it */
+    float4 rest[S::SLICE_CHUNKS][S::THREADS];  /* the running O of the splits before */
     RowTable<S::ROWS> rows;
     Tile t;
     KeyRange range;
@@ -218,18 +218,19 @@ template <class S> struct MmaDecode {
     /* N6, N7: p of one block, rounded to where all warps read it, and this lane's b_t. */
     __device__ __forceinline__ void publish(ScoreTile &s, int nth) {
         const int row = first_row() + lane / 4, t = lane % 4;
-        float reference[S::HALVES], sum[S::HALVES];
+        float reference[S::HALVES];
+        ProbabilityFragments a;
 #pragma unroll
         for (int half = 0; half < S::HALVES; half++)
             reference[half] = sm.m[warp][nth][row + 8 * half];
-        probabilities(s, sum, [&](float x, int half) { return far_argument(x, rule.c, reference[half]); });
+        exponentiate<S::HALVES>(s, [&](float x, int half) { return far_argument(x, rule.c, reference[half]); });
+        round_probabilities<S::T, S::HALVES>(a, s);
 #pragma unroll
         for (int half = 0; half < S::HALVES; half++) {
-            sm.sum[nth][row + 8 * half][t] = sum[half];
+            sm.sum[nth][row + 8 * half][t] = lane_sum<S::T>(a, half);
 #pragma unroll
             for (int n = 0; n < KEY_TILES; n++)
-                *(unsigned *)(probability_chunk(nth, row + 8 * half, n) + t * 4) =
-                    pack2<S::T>(s[n][2 * half], s[n][2 * half + 1]);
+                *(unsigned *)(probability_chunk(nth, row + 8 * half, n) + t * 4) = a[n / 2][n % 2 * 2 + half];
         }
     }
 
@@ -331,7 +332,7 @@ static __device__ __forceinline__ void mma_decode_item(const fad_attn_problem &p
             if (partials.o)
                 spill_rows(p, t, partials, split++, 0, part, decode.o, first_dim, decode.warp == 0);
             else if (resting)
-                fold_into(total, rest, S::THREADS, part, decode.o);
+                fold_into(total, [&](int n) { return rest[n * S::THREADS]; }, part, decode.o);
             total = part;
             if (chunk.first + chunk.blocks < sm.range.blocks) {
                 if (!partials.o)

@@ -113,8 +113,9 @@ static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
     plan->n_splits = most_splits(p);
     plan->item_splits = split_run(*plan);
     const int forced = fad_core->forced_schedule()->split_parallel;
-    /* Spilling pays where tiles alone leave multiprocessors idle; few rows keep the states small beside K and V. */
-    const bool pays = p->Sq * fad_group(p) <= 256 && plan->item_splits < plan->n_splits;
+    /* Spilling pays where tiles alone leave multiprocessors idle, as long as the states are not larger than K and V. */
+    const double states = 4.0 * p->Sq * p->Hq * p->Dv * plan->n_splits, keys = 2.0 * p->Sk * p->Hk * (p->D + p->Dv);
+    const bool pays = states <= keys && plan->item_splits < plan->n_splits;
     plan->spill = !p->cu_seqlens_q && plan->n_splits > 1 && (forced ? forced == 2 : pays);
     return FAD_OK;
 }

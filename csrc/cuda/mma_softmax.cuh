@@ -123,36 +123,61 @@ static __device__ __forceinline__ float far_argument(float x, float c, float m) 
     return fabsf(m) > FAD_F32_LIMIT ? fad_f32_sub(fad_f32_mul(x, c), m) : fad_f32_fma(x, c, -m);
 }
 
-/* N6, N7: s becomes p, and sum this lane's b_t of both rows. argument(x, half) is what exp2 gets. */
+/* P as the a operands of a block's four steps, rounded to the input type (N7). */
+typedef unsigned ProbabilityFragments[BLOCK_KEYS / 16][4];
+
+/* N6: p of scores s, in their place. argument(x, half) is what exp2 gets. */
 template <int HALVES, class Argument>
-static __device__ __forceinline__ void probabilities(ScoreTile &s, float (&sum)[HALVES], Argument argument) {
+static __device__ __forceinline__ void exponentiate(ScoreTile &s, Argument argument) {
 #pragma unroll
     for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
-        for (int half = 0; half < HALVES; half++) {
-            float &low = s[n][2 * half], &high = s[n][2 * half + 1];
-            low = ex2(argument(low, half));
-            high = ex2(argument(high, half));
-            const float pair = fad_f32_add(low, high);
-            sum[half] = n == 0 ? pair : fad_f32_add(sum[half], pair);
-        }
+        for (int e = 0; e < 2 * HALVES; e++)
+            s[n][e] = ex2(argument(s[n][e], e / 2));
 }
 
-/* The running state of rows g and g + 8, but for O: references and this lane's l_t.
+/* N7: p rounded to the input type. */
+template <fad_dtype T, int HALVES = 2>
+static __device__ __forceinline__ void round_probabilities(ProbabilityFragments &a, const ScoreTile &p) {
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+        for (int half = 0; half < HALVES; half++)
+            a[n / 2][n % 2 * 2 + half] = pack2<T>(p[n][2 * half], p[n][2 * half + 1]);
+}
+
+/* N7: this lane's b_t of row g (half 0) or g + 8 (half 1). */
+template <fad_dtype T> static __device__ __forceinline__ float lane_sum(const ProbabilityFragments &a, int half) {
+    float sum = 0;
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++) {
+        const unsigned pair = a[n / 2][n % 2 * 2 + half];
+        const float both = fad_f32_add(low_half<T>(pair), high_half<T>(pair));
+        sum = n == 0 ? both : fad_f32_add(sum, both);
+    }
+    return sum;
+}
+
+/* N7, the end of a split: l from the l_t of a row's four lanes; all of them get it. */
+static __device__ __forceinline__ float sum_lanes(float l) {
+    l = fad_f32_add(l, __shfl_xor_sync(~0u, l, 1));
+    return fad_f32_add(l, __shfl_xor_sync(~0u, l, 2));
+}
+
+/* The running references of rows g and g + 8.
  *
  * As long as every |t| of the warp stays within LIMIT, references are kept as r = MAGIC + m: one fma rounds a score to
  * its integer, and the difference of two bit patterns is the exponent of the rescale factor. The state that has seen
  * nothing is r = EMPTY there, below any reference. Beyond (`far`, rare), r is m and everything is done as softmax.inc
  * says. */
-struct RunningState {
+struct References {
     static constexpr float EMPTY = FAD_F32_MAGIC - FAD_F32_LIMIT;
     static constexpr unsigned LOWEST = 0x4b000001u, SPAN = 0x7ffffeu; /* bits of EMPTY + 1, and up to 2^24 - 1 */
-    float r[2], l[2];
+    float r[2];
     bool far; /* of the warp */
 
     __device__ __forceinline__ void clear() {
         r[0] = r[1] = EMPTY;
-        l[0] = l[1] = 0;
         far = false;
     }
 
@@ -202,26 +227,13 @@ struct RunningState {
         return __any_sync(~0u, moved);
     }
 
-    /* s becomes p of the references that advance() left, which also gave alpha. */
-    __device__ __forceinline__ void exponentiate(ScoreTile &s, float c, const float (&alpha)[2]) {
-        float sum[2];
+    /* s becomes p of the references that advance() left. */
+    __device__ __forceinline__ void apply(ScoreTile &s, float c) const {
         if (!far) {
             const float m[2] = {fad_f32_sub(r[0], FAD_F32_MAGIC), fad_f32_sub(r[1], FAD_F32_MAGIC)};
-            probabilities(s, sum, [&](float x, int half) { return fad_f32_fma(x, c, -m[half]); });
+            exponentiate<2>(s, [&](float x, int half) { return fad_f32_fma(x, c, -m[half]); });
         } else {
-            probabilities(s, sum, [&](float x, int half) { return far_argument(x, c, r[half]); });
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            l[i] = fad_f32_add(fad_f32_mul(l[i], alpha[i]), sum[i]);
-    }
-
-    /* N7, the end of a split: every lane of a row's four gets its l. */
-    __device__ __forceinline__ void sum_lanes() {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            l[i] = fad_f32_add(l[i], __shfl_xor_sync(~0u, l[i], 1));
-            l[i] = fad_f32_add(l[i], __shfl_xor_sync(~0u, l[i], 2));
+            exponentiate<2>(s, [&](float x, int half) { return far_argument(x, c, r[half]); });
         }
     }
 };

@@ -37,7 +37,8 @@ template <class S> struct MmaWarp {
     MmaTileShared<S> &sm;
     const ScoreRule rule;
     const int first;
-    RunningState state[S::MT];
+    References references[S::MT];
+    float l[S::MT][2]; /* this lane's l_t of rows g and g + 8 */
     float o[S::MT][S::N][4];
 
     __device__ MmaWarp(const fad_attn_problem &problem, MmaTileShared<S> &shared)
@@ -46,7 +47,8 @@ template <class S> struct MmaWarp {
     __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int mt = 0; mt < S::MT; mt++) {
-            state[mt].clear();
+            references[mt].clear();
+            l[mt][0] = l[mt][1] = 0;
 #pragma unroll
             for (int n = 0; n < S::N; n++)
 #pragma unroll
@@ -94,10 +96,13 @@ template <class S> struct MmaWarp {
             if (partial)
                 sm.rows.mask(s[mt], first + 16 * mt, block);
             row_maxima(s[mt], x_max);
-            if (state[mt].advance(x_max, rule.c, partial, alpha))
+            if (references[mt].advance(x_max, rule.c, partial, alpha))
                 rescale(o[mt], alpha);
-            state[mt].exponentiate(s[mt], rule.c, alpha);
+            references[mt].apply(s[mt], rule.c);
             round_probabilities<S::T>(a[mt], s[mt]);
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                l[mt][half] = fad_f32_add(fad_f32_mul(l[mt][half], alpha[half]), lane_sum<S::T>(a[mt], half));
         }
     }
 
@@ -132,14 +137,13 @@ template <class S> struct MmaWarp {
         for (int mt = 0; mt < S::MT; mt++) {
             const int r = first + 16 * mt + lane / 4;
             RowPair part;
-            state[mt].sum_lanes();
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                part.m[half] = state[mt].reference(half);
-                part.l[half] = state[mt].l[half];
+                part.m[half] = references[mt].reference(half);
+                part.l[half] = sum_lanes(l[mt][half]);
             }
             if (fold)
-                fold_into(total(mt), rest + mt * S::N * S::THREADS, S::THREADS, part, o[mt]);
+                fold_into(total(mt), [&](int n) { return rest[(mt * S::N + n) * S::THREADS]; }, part, o[mt]);
             __syncwarp(); /* totals may be overwritten */
             if (lane % 4 == 0) {
                 sm.total_m[r] = part.m[0], sm.total_m[r + 8] = part.m[1];

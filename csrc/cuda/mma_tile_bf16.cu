@@ -3,7 +3,7 @@
 MmaKernels mma_tile_bf16() {
     static const MmaKernel kernels[] = {
         mma_tile_of<MmaTileShape<FAD_BFLOAT16, 64, 4, 1, 3>>(),
-        mma_tile_of<MmaTileShape<FAD_BFLOAT16, 128, 4, 1, 3>>(),
+        mma_tile_of<MmaTileShape<FAD_BFLOAT16, 128, 4, 1, 2>>(),
         mma_tile_of<MmaTileShape<FAD_BFLOAT16, 256, 4, 1, 2>>(),
         mma_tile_of<MmaTileShape<FAD_BFLOAT16, 64, 4, 2, 2>>(),
         mma_tile_of<MmaTileShape<FAD_BFLOAT16, 128, 4, 2, 2>>(),

@@ -5,18 +5,6 @@
 #include "mma_memory.cuh"
 #include "mma_softmax.cuh"
 
-/* P as the a operands of a block's four steps, rounded to the input type (N7). */
-typedef unsigned ProbabilityFragments[BLOCK_KEYS / 16][4];
-
-template <fad_dtype T>
-static __device__ __forceinline__ void round_probabilities(ProbabilityFragments &a, const ScoreTile &p) {
-#pragma unroll
-    for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-            a[n / 2][n % 2 * 2 + half] = pack2<T>(p[n][2 * half], p[n][2 * half + 1]);
-}
-
 template <int N> static __device__ __forceinline__ void rescale(float (&o)[N][4], const float (&alpha)[2]) {
 #pragma unroll
     for (int n = 0; n < N; n++)

@@ -66,5 +66,20 @@ template <fad_dtype T> static __device__ __forceinline__ unsigned pack2(float lo
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(u) : "f"(high), "f"(low));
     return u;
 }
+/* The halves of such a word, exactly. */
+template <fad_dtype T> static __device__ __forceinline__ float low_half(unsigned u) {
+    if constexpr (T == FAD_BFLOAT16)
+        return __uint_as_float(u << 16);
+    float x;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low;}" : "=f"(x) : "r"(u));
+    return x;
+}
+template <fad_dtype T> static __device__ __forceinline__ float high_half(unsigned u) {
+    if constexpr (T == FAD_BFLOAT16)
+        return __uint_as_float(u & 0xffff0000u);
+    float x;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high;}" : "=f"(x) : "r"(u));
+    return x;
+}
 
 #endif

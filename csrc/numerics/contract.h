@@ -37,10 +37,11 @@
  *                 rounds it. s is a chain of steps from 0 over d ascending, 16 at a time, d padded with zeros. exp2 of a
  *                 probability is ex2.approx.ftz.f32; tanh, log2 and a sink's exp2 are those of elementary.inc. O is a
  *                 chain of steps over keys ascending, 16 at a time at absolute multiples of position, of p rounded to
- *                 the input type and v; what is masked or missing counts as 0 and is exact. l has four lanes t = 0..3
- *                 and uses p as it is: within a block, b_t = sum over i = 0..7, ascending from 0, of
- *                 (p_{8i+2t} + p_{8i+2t+1}), keys counted from the block's first; then l_t = l_t * 2^(m - m') + b_t; at
- *                 the end of a split l = (l_0 + l_1) + (l_2 + l_3).
+ *                 the input type and v; what is masked or missing counts as 0 and is exact. l sums p as
+ *                 rounded for O, so that their quotient does not see what rounding did to a heavy key, in four lanes
+ *                 t = 0..3: within a block, b_t = sum over i = 0..7, ascending, of (p_{8i+2t} + p_{8i+2t+1}), keys
+ *                 counted from the block's first; then l_t = l_t * 2^(m - m') + b_t; at the end of a split
+ *                 l = (l_0 + l_1) + (l_2 + l_3).
  * N8  Fold.       Splits are folded in ascending order into the empty state: M' = max(M, m_c),
  *                 O = O * 2^(M - M') + O_c * 2^(m_c - M'), l likewise, M = M'; each product and the sum rounded once. The
  *                 sink z of a head is folded last, as the state m = max(SENTINEL, ref(z)), l = exp2(z * log2(e) - m) by

@@ -1,9 +1,11 @@
 /* What two GPU instructions of the mma family compute (N7), in plain C: a step of a tensor core, and
  * ex2.approx.ftz.f32. With them a CPU repeats bit for bit what a GPU did; no kernel of a GPU needs this file.
  *
- * Measured on an H100: the step of compute capability 9.0 for normal numbers (none of 576,000 differs), and ex2 for every
- * argument with 2^-60 <= |x|, -126 < x < 64 (none of 1,115,422,719). Published by others and not measured by us: the step
- * of compute capability 8.0. What is neither is called ASSUMED below. */
+ * Measured on an H200, where none of 200,000 results differs in each class of operands (normal, any finite bits, subnormal,
+ * zeros beside large factors, overflow, Inf and NaN; fp16 and bf16): the step of compute capability 9.0. Measured on an
+ * H100 before: normal numbers (none of 576,000), and ex2 for every argument with 2^-60 <= |x|, -126 < x < 64 (none of
+ * 1,115,422,719); on the H200 ex2 of any bits (none of 8,438,062). tests/cuda/tensor_core.cu measures both again. Published
+ * by others and not measured by us: the step of compute capability 8.0. */
 #ifndef FAD_NUMERICS_TENSOR_CORE_H
 #define FAD_NUMERICS_TENSOR_CORE_H
 
@@ -13,31 +15,25 @@
 typedef struct fad_tensor_core {
     int products;       /* of one sum; a k = 16 step is 16 / products sums, one after the other */
     int fraction_bits;  /* that every term of a sum keeps below the largest exponent */
-    int least_exponent; /* smaller numbers are aligned with this exponent */
+    int least_exponent; /* of the inputs' smallest normal number: subnormal ones are aligned as if they had it */
 } fad_tensor_core;
 
-/* ASSUMED to be 1: a subnormal number is normalised before it is aligned. 0: it stays at its format's smallest exponent. */
-enum { FAD_TENSOR_CORE_NORMALISES = 1 };
-
-/* sm: 90 or 80. format_exponent: that of the smallest normal number of the inputs, -14 for fp16 and -126 for bf16. */
-FAD_FN fad_tensor_core fad_tensor_core_of(int sm, int format_exponent) {
-    const int least = FAD_TENSOR_CORE_NORMALISES ? -149 : format_exponent; /* -149: below any number */
+/* sm: 90 or 80. least_exponent: -14 for fp16 and -126 for bf16. */
+FAD_FN fad_tensor_core fad_tensor_core_of(int sm, int least_exponent) {
     fad_tensor_core core;
     core.products = sm == 90 ? 16 : 8;
     core.fraction_bits = sm == 90 ? 25 : 24;
-    core.least_exponent = least;
+    core.least_exponent = least_exponent;
     return core;
 }
 
-/* Exponent e of a finite x != 0, 2^e <= |x| < 2^(e + 1), or least if e is below it. */
+/* Exponent e of a finite x != 0, 2^e <= |x| < 2^(e + 1), or least >= -126 if e is below it. */
 FAD_FN int fad_tensor_core_exponent(float x, int least) {
-    int e = (int)(fad_f32_bits(x) >> 23 & 0xffu) - 127;
-    if (e == -127)
-        e = ilogbf(x);
+    const int e = (int)(fad_f32_bits(x) >> 23 & 0xffu) - 127;
     return e > least ? e : least;
 }
 
-/* Toward zero to fp32. From 2^128 on infinity, subnormals kept, zero is +0: all ASSUMED. */
+/* Toward zero to fp32: from 2^128 on infinity, subnormals kept, zero is +0. */
 FAD_FN float fad_tensor_core_round(double x) {
     float y = (float)x;
     if (fabs((double)y) > fabs(x) && fabs(x) < 0x1p128)
@@ -48,10 +44,9 @@ FAD_FN float fad_tensor_core_round(double x) {
 /* c + the sum of a[i] * b[i], i < n. The exact products and c are cut toward zero to fraction_bits below the largest
  * exponent, that of a product being the sum of its factors' (so it may be in [2, 4)); then they are added exactly and the
  * sum is cut toward zero to fp32. Zeros take no part. If anything is not finite, the result is what IEEE addition gives,
- * some NaN or an infinity (ASSUMED). Doubles are used as integers: nothing but the two cuts rounds. */
+ * some NaN or an infinity. Doubles are used as integers: nothing but the two cuts rounds. */
 FAD_FN float fad_tensor_core_sum(fad_tensor_core core, const float *a, const float *b, int n, float c) {
-    const int least_c = core.least_exponent < -126 ? core.least_exponent : -126;
-    int largest = c != 0 ? fad_tensor_core_exponent(c, least_c) : INT32_MIN;
+    int largest = c != 0 ? fad_tensor_core_exponent(c, -126) : INT32_MIN;
     double total = (double)c, unit;
     for (int i = 0; i < n; i++)
         total += (double)a[i] * (double)b[i];
@@ -117,8 +112,7 @@ FAD_FN uint32_t fad_ex2_significand(uint32_t i) {
     return (uint32_t)((sum + 6114) >> 15);
 }
 
-/* ex2.approx.ftz.f32. Outside the range that was measured ASSUMED: 1 for smaller |x|, also subnormal ones, 0 below
- * 2^-126, infinity from 128 on. */
+/* ex2.approx.ftz.f32: 1 for the smallest |x|, also subnormal ones, 0 for what is below 2^-126, infinity from 128 on. */
 FAD_FN float fad_ex2(float x) {
     if (!(x < 128 && x >= -127)) /* also NaN */
         return x < 0 ? 0 : fad_f32_add(x, INFINITY);
