@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flash_attn_det as fad
 from flash_attn_det import ops
-from flash_attn_det.attention import _arguments
+from flash_attn_det.attention import _arguments, _for_tensor_cores, _unpadded
 from flash_attn_det.testing import assert_bits_equal, bits_differ
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -365,3 +365,17 @@ def test_slopes_and_lengths_of_any_stride_and_dtype():
     spread = torch.stack([used, used + 1], dim=1)[:, 0]
     assert spread.stride(0) == 2
     assert_bits_equal(fad.attn(q, k, v, alibi_slopes=slopes.double().expand(2, 4), seqused_k=spread), want)
+
+
+def test_rows_for_tensor_cores_are_padded_only_where_they_must_be():
+    x = torch.randn(2, 3, 4, 24).half()
+    one_row = torch.randn(1, 1, 1, 40).half()[..., :8]
+    for fits in (x, x.transpose(1, 2), x[:, 1:], one_row):
+        assert _for_tensor_cores(fits) is fits
+    for wide in (x[..., :20], x[..., 4:20], torch.randn(2, 3, 4, 9).half(), torch.randn(2, 3, 4, 41).half()[..., :8]):
+        padded = _for_tensor_cores(wide)
+        assert padded.is_contiguous()
+        assert padded.shape[-1] == -(-wide.shape[-1] // 8) * 8
+        assert torch.equal(padded[..., : wide.shape[-1]], wide)
+        assert not padded[..., wide.shape[-1] :].any()
+        assert torch.equal(_unpadded(padded, wide), wide)
