@@ -89,7 +89,7 @@ def read_ptx(build: Path, name: str) -> str:
 
 
 SPILLING = {
-    name: pytest.mark.xfail(reason="spills a few registers, in what runs once a tile: docs/performance.md", strict=True)
+    name: pytest.mark.xfail(reason="spills some registers: docs/performance.md", strict=True)
     for name in ("hopper_tile_bf16", "hopper_tile_fp16", "mma_tile_bf16", "mma_tile_fp16")
 }
 

@@ -35,21 +35,17 @@ static const MmaKernel *choose_kernel(const fad_attn_problem *p, const Device &d
     return best;
 }
 
-/* The Hopper kernel where it can run and pays: few rows are the decode kernel's, which reads memory as fast. */
-static bool choose_hopper(const fad_attn_problem *p, const Device &device, Plan *plan) {
+/* The Hopper kernel where it can run and pays, else null: few rows are the decode kernel's. */
+static void choose_hopper(const fad_attn_problem *p, const Device &device, Plan *plan) {
+    plan->hopper = nullptr;
 #ifdef FAD_HOPPER
     const fad_schedule *forced = fad_core->forced_schedule();
     const int64_t rows = forced->tile_rows ? forced->tile_rows : typical_rows(p);
-    plan->hopper = device.compute == 90 && forced->kernel != 1 && (rows > 16 || forced->kernel == 2)
-                       ? find_hopper_kernel(p)
-                       : nullptr;
-    if (!plan->hopper || !describe_keys(p, &plan->k_map, &plan->v_map))
-        return false;
-    plan->kernel = &plan->hopper->shape;
-    return true;
+    const bool wanted = device.compute == 90 && forced->kernel != 1 && (rows > 16 || forced->kernel == 2);
+    if (wanted && describe_keys(p, &plan->k_map, &plan->v_map))
+        plan->hopper = find_hopper_kernel(p);
 #else
-    (void)p, (void)device, (void)plan;
-    return false;
+    (void)p, (void)device;
 #endif
 }
 
@@ -94,17 +90,25 @@ static fad_status check_rows(const fad_attn_problem *p, const char *name, const 
         name, (long long)dims, (long long)view.stride_b, (long long)view.stride_s, (long long)view.stride_h, view.data);
 }
 
+/* Kernels count the rows of a sequence in 32 bits. */
+static fad_status check_lengths(const fad_attn_problem *p) {
+    constexpr int64_t MOST = INT32_MAX - FAD_BLOCK_KV;
+    return p->Sq <= MOST && p->Sk <= MOST
+               ? FAD_OK
+               : fad_core->fail(FAD_UNSUPPORTED,
+                                "%lld query rows and %lld key rows: the mma family has kernels for up to %lld of each",
+                                (long long)p->Sq, (long long)p->Sk, (long long)MOST);
+}
+
 static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
     Device device;
+    TRY(check_lengths(p));
     TRY(check_rows(p, "q", p->q, p->Sq, p->Hq, p->D));
     TRY(check_rows(p, "k", p->k, p->Sk, p->Hk, p->D));
     TRY(check_rows(p, "v", p->v, p->Sk, p->Hk, p->Dv));
     TRY(get_device(&device));
-    plan->hopper = nullptr;
-    if (!choose_hopper(p, device, plan)) {
-        plan->hopper = nullptr;
-        plan->kernel = choose_kernel(p, device);
-    }
+    choose_hopper(p, device, plan);
+    plan->kernel = plan->hopper ? &plan->hopper->shape : choose_kernel(p, device);
     if (!plan->kernel)
         return fad_core->fail(FAD_UNSUPPORTED, "head dims %lld and %lld need more shared memory than this device has",
                               (long long)p->D, (long long)p->Dv);

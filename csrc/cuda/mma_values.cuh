@@ -1,4 +1,4 @@
-/* The values step of the mma family: O of a warp's 16 rows += P V for 64 keys, and from O to memory. */
+/* The values step of the mma family: O of a warp's 16 rows += P V for 64 keys, where that is not the plain step. */
 #ifndef FAD_CUDA_MMA_VALUES_CUH
 #define FAD_CUDA_MMA_VALUES_CUH
 
@@ -38,6 +38,8 @@ static __device__ __forceinline__ void add_values_guarded(float (&o)[N][4], cons
                                                           const char *v, Interval interval) {
 #pragma unroll 1
     for (int r = 0; r < 16; r++) {
+        /* The compiler must not know that lane is the same in every round: it would compute all addresses before the
+         * loop, and spill what the common path keeps in registers. */
         int lane = threadIdx.x % 32;
         asm volatile("" : "+r"(lane));
         const fad_interval seen = interval(r);

@@ -38,7 +38,7 @@ static __device__ __forceinline__ int64_t next_item(const Work &work, int64_t *s
 }
 
 /* The blocks of keys that an item walks. Numbers of keys count from `first`, a multiple of BLOCK_KV: 32 bits hold them,
- * because the core refuses longer buffers. */
+ * because the scheduler refuses longer buffers. */
 struct KeyRange {
     int64_t first;        /* position */
     int blocks;           /* how many */
