@@ -25,14 +25,14 @@ static EncodeTiled encoder() {
     return found;
 }
 
-/* Boxes of 64 keys by 64 dims of a view [B, Sk, Hk, dims], swizzled by 128 bytes, zeros outside the buffer. False where
+/* Boxes of a block of keys by 64 dims of a view [B, Sk, Hk, dims], swizzled by 128 bytes, zeros outside the buffer. False where
  * the copy engine cannot address it. */
 static bool describe(const fad_attn_problem *p, const fad_view &view, int64_t dims, CUtensorMap *map) {
     const cuuint64_t sizes[4] = {(cuuint64_t)dims, (cuuint64_t)p->Sk, (cuuint64_t)p->Hk,
                                  (cuuint64_t)(p->cu_seqlens_k ? 1 : p->B)};
     const int64_t strides[3] = {view.stride_s, view.stride_h, view.stride_b};
     cuuint64_t bytes[3];
-    const cuuint32_t box[4] = {64, FAD_BLOCK_KV, 1, 1}, steps[4] = {1, 1, 1, 1};
+    const cuuint32_t box[4] = {64, FAD_MMA_BLOCK_KV, 1, 1}, steps[4] = {1, 1, 1, 1};
     for (int i = 0; i < 3; i++) {
         if (sizes[i + 1] > 1 && (strides[i] <= 0 || strides[i] >= INT64_C(1) << 39))
             return false;

@@ -35,6 +35,19 @@ static __device__ __forceinline__ void barrier_wait(MemoryBarrier &barrier, unsi
                  "r"(parity)
                  : "memory");
 }
+/* Whether it has completed; waits a little. */
+static __device__ __forceinline__ bool barrier_test(MemoryBarrier &barrier, unsigned parity) {
+    unsigned done;
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, done;\n"
+                 "}"
+                 : "=r"(done)
+                 : "r"(shared_address(&barrier)), "r"(parity)
+                 : "memory");
+    return done;
+}
 /* What this thread wrote to shared memory becomes visible to the copy engine and to wgmma. */
 static __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -88,6 +101,11 @@ static __device__ __forceinline__ uint64_t matrix_descriptor(const void *start, 
            (uint64_t)(1024 >> 4) << 32 | UINT64_C(1) << 62;
 }
 
+/* The descriptor of what lies `bytes` further on. Addresses of shared memory leave room for the sum. */
+static __device__ __forceinline__ uint64_t matrix_at(uint64_t descriptor, int bytes) {
+    return (descriptor >> 32) << 32 | (unsigned)((unsigned)descriptor + (unsigned)(bytes >> 4));
+}
+
 #define FAD_REGISTERS_32                                                                                               \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "                 \
     "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
@@ -98,32 +116,22 @@ static __device__ __forceinline__ uint64_t matrix_descriptor(const void *start, 
     "%41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, "             \
     "%61, %62, %63}"
 
-#define FAD_REGISTERS_128                                                                                              \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "                 \
-    "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, "             \
-    "%41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, "             \
-    "%61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, "             \
-    "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, "                  \
-    "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, "                 \
-    "%116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}"
-
 #define FAD_TILE(x, n) "+f"(x[n][0]), "+f"(x[n][1]), "+f"(x[n][2]), "+f"(x[n][3])
 #define FAD_TILES_8(x, n)                                                                                              \
     FAD_TILE(x, n), FAD_TILE(x, n + 1), FAD_TILE(x, n + 2), FAD_TILE(x, n + 3), FAD_TILE(x, n + 4),                    \
         FAD_TILE(x, n + 5), FAD_TILE(x, n + 6), FAD_TILE(x, n + 7)
 #define FAD_TILES_16(x, n) FAD_TILES_8(x, n), FAD_TILES_8(x, n + 8)
-#define FAD_TILES_32(x, n) FAD_TILES_16(x, n), FAD_TILES_16(x, n + 16)
 
-/* N7, one step for 64 rows by 64 keys: s (+)= a [64, 16] b [16, 64], a from registers. Lanes hold s and a as for
+/* N7, one step for 64 rows by 128 keys: s (+)= a [64, 16] b [16, 128], a from registers. Lanes hold s and a as for
  * mma_step, warp w of the group the rows 16 w to 16 w + 15; b: keys are rows of 64 dims. accumulate: 0 starts a chain. */
 template <fad_dtype T>
-static __device__ __forceinline__ void wgmma_scores(float (&s)[8][4], const unsigned (&a)[4], uint64_t b,
+static __device__ __forceinline__ void wgmma_scores(float (&s)[16][4], const unsigned (&a)[4], uint64_t b,
                                                     int accumulate) {
 #define FAD_WGMMA(type)                                                                                                \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                          \
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " FAD_REGISTERS_32                      \
-                 ", {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"                                                         \
-                 : FAD_TILES_8(s, 0)                                                                                   \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " FAD_REGISTERS_64                     \
+                 ", {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"                                                         \
+                 : FAD_TILES_16(s, 0)                                                                                  \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
     if constexpr (T == FAD_BFLOAT16)
         FAD_WGMMA("bf16");
@@ -133,12 +141,12 @@ static __device__ __forceinline__ void wgmma_scores(float (&s)[8][4], const unsi
 }
 /* The same with a from shared memory. */
 template <fad_dtype T>
-static __device__ __forceinline__ void wgmma_scores(float (&s)[8][4], uint64_t a, uint64_t b, int accumulate) {
+static __device__ __forceinline__ void wgmma_scores(float (&s)[16][4], uint64_t a, uint64_t b, int accumulate) {
 #define FAD_WGMMA(type)                                                                                                \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                                          \
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " FAD_REGISTERS_32                      \
-                 ", %32, %33, p, 1, 1, 0, 0;\n}"                                                                       \
-                 : FAD_TILES_8(s, 0)                                                                                   \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " FAD_REGISTERS_64                     \
+                 ", %64, %65, p, 1, 1, 0, 0;\n}"                                                                       \
+                 : FAD_TILES_16(s, 0)                                                                                  \
                  : "l"(a), "l"(b), "r"(accumulate))
     if constexpr (T == FAD_BFLOAT16)
         FAD_WGMMA("bf16");
@@ -150,7 +158,7 @@ static __device__ __forceinline__ void wgmma_scores(float (&s)[8][4], uint64_t a
 /* N7, one step for 64 rows by 8 * N values: o += a [64, 16] b [16, 8 N]; b: keys are rows of values, 64 to a piece. */
 template <fad_dtype T, int N>
 static __device__ __forceinline__ void wgmma_values(float (&o)[N][4], const unsigned (&a)[4], uint64_t b) {
-    static_assert(N == 8 || N == 16 || N == 32, "64, 128 or 256 values");
+    static_assert(N == 8 || N == 16, "64 or 128 values");
 #define FAD_WGMMA(type, n, registers, tiles, a0, a1, a2, a3, b0)                                                       \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " " registers ", {%" a0 ", %" a1       \
                  ", %" a2 ", %" a3 "}, %" b0 ", 1, 1, 1, 1;"                                                           \
@@ -159,10 +167,8 @@ static __device__ __forceinline__ void wgmma_values(float (&o)[N][4], const unsi
 #define FAD_WGMMA_OF(type)                                                                                             \
     if constexpr (N == 8)                                                                                              \
         FAD_WGMMA(type, "64", FAD_REGISTERS_32, FAD_TILES_8, "32", "33", "34", "35", "36");                            \
-    else if constexpr (N == 16)                                                                                        \
-        FAD_WGMMA(type, "128", FAD_REGISTERS_64, FAD_TILES_16, "64", "65", "66", "67", "68");                          \
     else                                                                                                               \
-        FAD_WGMMA(type, "256", FAD_REGISTERS_128, FAD_TILES_32, "128", "129", "130", "131", "132")
+        FAD_WGMMA(type, "128", FAD_REGISTERS_64, FAD_TILES_16, "64", "65", "66", "67", "68")
     if constexpr (T == FAD_BFLOAT16) {
         FAD_WGMMA_OF("bf16");
     } else {

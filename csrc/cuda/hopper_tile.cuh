@@ -1,8 +1,8 @@
 /* The tile kernel of the mma family for compute capability 9.0: copy engine (TMA) and wgmma. On this chip wgmma and
  * mma.sync add up alike, so that bits are those of the generic kernels.
  *
- * A thread block stays on its multiprocessor and takes one item after the other. Its first warpgroup produces: warp 0
- * finds the next item and keeps K and V coming, block by block; the other warps copy Q. Each further warpgroup consumes:
+ * A thread block stays on its multiprocessor and takes one item after the other. Its first warpgroup produces: a warp
+ * finds items, one keeps K and V coming, block by block, and two copy Q. Each further warpgroup consumes:
  * it owns 64 rows, and while it works on the softmax of one block, its values step of the block before and the other
  * warpgroups' steps keep the tensor cores busy. */
 #ifndef FAD_CUDA_HOPPER_TILE_CUH
@@ -16,21 +16,25 @@
 
 constexpr int GROUP_THREADS = 128, GROUP_WARPS = 4, GROUP_ROWS = 64; /* of a warpgroup */
 
-template <fad_dtype T_, int D_, int CONSUMERS_, int STAGES_, int PRODUCER_REGISTERS_, int CONSUMER_REGISTERS_>
+template <fad_dtype T_, int D_, int CONSUMERS_, int SLOTS_, int PRODUCER_REGISTERS_, int CONSUMER_REGISTERS_>
 struct HopperShape {
     static constexpr fad_dtype T = T_;
     static constexpr int D = D_; /* of q, k and v, zero-padded */
-    static constexpr int CONSUMERS = CONSUMERS_, STAGES = STAGES_;
+    static constexpr int CONSUMERS = CONSUMERS_, SLOTS = SLOTS_;
     static constexpr int PRODUCER_REGISTERS = PRODUCER_REGISTERS_, CONSUMER_REGISTERS = CONSUMER_REGISTERS_;
     static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <=
                       (CONSUMERS + 1) * (65536 / (CONSUMERS + 1) / GROUP_THREADS / 8 * 8),
                   "a warpgroup would wait for registers for ever");
     static constexpr int THREADS = (CONSUMERS + 1) * GROUP_THREADS, ROWS = CONSUMERS * GROUP_ROWS;
-    static constexpr int PIECES = D / 64;                             /* of 64 dims = 128 bytes, the width of a box */
-    static constexpr int N = D / 8;                                   /* n8 tiles of O */
-    static constexpr int BOX = BLOCK_KEYS * 128, TILE = PIECES * BOX; /* bytes: 64 rows of a piece; of all pieces */
-    /* Where there is room: q in registers once an item has begun, and the running O between splits in shared memory. */
-    static constexpr bool Q_IN_REGISTERS = D <= 128, REST_IN_SHARED = D <= 128;
+    static constexpr int N = D / 8;                                     /* n8 tiles of O */
+    static constexpr int PARTS = D > 128 ? 2 : 1, PART_N = N / PARTS;   /* of a block of K or V: its dims, a slot each */
+    static constexpr int PIECES = D / PARTS / 64;                       /* of 64 dims = 128 bytes, the width of a box */
+    static constexpr int BOX = BLOCK_KEYS * 128, SLOT = PIECES * BOX;   /* bytes: a block's piece; all of a part's */
+    static constexpr int Q_BOX = GROUP_ROWS * 128, Q_TILE = D / 64 * Q_BOX;
+    /* Where there is room: q in registers once an item has begun, the running O between splits in shared memory, and the
+     * scores of the next block besides O and P. */
+    static constexpr bool Q_IN_REGISTERS = D == 128, REST_IN_SHARED = D <= 128, OVERLAP = D <= 128;
+    static constexpr int Q_BUFFERS = D == 64 ? 2 : 1;
 };
 
 /* One item of work, as the producer has found it. */
@@ -40,19 +44,18 @@ struct HopperItem {
     bool exists; /* false: there is no further one */
 };
 
-constexpr int ITEMS = 3;         /* the one before, which a consumer may still read, this one, and the next */
-constexpr int QUERY_WARPS = 3;   /* of the producer */
+constexpr int ITEMS = 2;         /* the one in work, and the next */
+constexpr int QUERY_WARPS = 2;   /* of the producer */
 constexpr int ALL_CONSUMERS = 8; /* a named barrier; 1 + group is a consumer's own */
 
 template <class S> struct HopperShared {
-    alignas(1024) char k[S::STAGES][S::TILE];
-    char v[S::STAGES][S::TILE];
-    char q[S::CONSUMERS][S::TILE];
+    alignas(1024) char ring[S::SLOTS][S::SLOT]; /* parts of K and V, in the order in which they are used */
+    char q[S::Q_BUFFERS][S::CONSUMERS][S::Q_TILE];
     float4 rest[S::REST_IN_SHARED ? S::CONSUMERS : 0][S::N][GROUP_THREADS]; /* the running O of the splits before */
     HopperItem items[ITEMS];
     /* full: the copies have arrived. empty: every consuming warp is done with it. */
-    MemoryBarrier k_full[S::STAGES], k_empty[S::STAGES], v_full[S::STAGES], v_empty[S::STAGES];
-    MemoryBarrier q_full, q_empty, item_full[ITEMS], item_empty[ITEMS];
+    MemoryBarrier full[S::SLOTS], empty[S::SLOTS];
+    MemoryBarrier q_full[S::Q_BUFFERS], q_empty[S::Q_BUFFERS], item_full[ITEMS], item_empty[ITEMS];
 };
 
 /* A position in a ring of buffers, and how often it has gone round. */
@@ -67,24 +70,25 @@ struct Ring {
 
 template <class S> static __device__ void init_barriers(HopperShared<S> &sm) {
     constexpr int CONSUMING_WARPS = S::CONSUMERS * GROUP_WARPS;
-    for (int i = 0; i < S::STAGES; i++) {
-        barrier_init(sm.k_full[i], 1);
-        barrier_init(sm.v_full[i], 1);
-        barrier_init(sm.k_empty[i], CONSUMING_WARPS);
-        barrier_init(sm.v_empty[i], CONSUMING_WARPS);
+    for (int i = 0; i < S::SLOTS; i++) {
+        barrier_init(sm.full[i], 1);
+        barrier_init(sm.empty[i], CONSUMING_WARPS);
     }
-    barrier_init(sm.q_full, QUERY_WARPS * 32);
-    barrier_init(sm.q_empty, CONSUMING_WARPS);
+    for (int i = 0; i < S::Q_BUFFERS; i++) {
+        barrier_init(sm.q_full[i], QUERY_WARPS * 32);
+        barrier_init(sm.q_empty[i], CONSUMING_WARPS);
+    }
     for (int i = 0; i < ITEMS; i++) {
         barrier_init(sm.item_full[i], 1);
-        barrier_init(sm.item_empty[i], CONSUMING_WARPS + QUERY_WARPS);
+        barrier_init(sm.item_empty[i], CONSUMING_WARPS + QUERY_WARPS + 1);
     }
     fence_barrier_init();
 }
 
 /* ---- producer ---- */
 
-/* Lane 0: K and V of an item's blocks, each as soon as there is room for it. Rows outside the buffer become zeros. */
+/* Lane 0: K and V of an item's blocks in the order of their use, each as soon as there is room for it. Rows outside the
+ * buffer become zeros. */
 template <class S>
 static __device__ __forceinline__ void copy_blocks(const fad_attn_problem &p, const HopperItem &item,
                                                    const CUtensorMap &k_map, const CUtensorMap &v_map,
@@ -92,80 +96,92 @@ static __device__ __forceinline__ void copy_blocks(const fad_attn_problem &p, co
     const fad_sequence &seq = item.t.seq;
     const int row0 = (int)(seq.k_row + item.range.first - seq.span.k_pos), head = (int)item.t.head_k,
               batch = p.cu_seqlens_k ? 0 : (int)seq.index, blocks = item.range.blocks;
-    for (int block = 0; block < blocks; block++, ring.advance<S::STAGES>()) {
-        const int i = ring.index, row = row0 + block * BLOCK_KEYS;
-        barrier_wait(sm.k_empty[i], ring.round ^ 1);
-        barrier_arrive_expect(sm.k_full[i], S::TILE);
+    auto copy = [&](const CUtensorMap &map, int block) {
 #pragma unroll
-        for (int piece = 0; piece < S::PIECES; piece++)
-            copy_box(sm.k[i] + piece * S::BOX, k_map, sm.k_full[i], piece * 64, row, head, batch);
-        barrier_wait(sm.v_empty[i], ring.round ^ 1);
-        barrier_arrive_expect(sm.v_full[i], S::TILE);
+        for (int part = 0; part < S::PARTS; part++, ring.advance<S::SLOTS>()) {
+            const int i = ring.index;
+            barrier_wait(sm.empty[i], ring.round ^ 1);
+            barrier_arrive_expect(sm.full[i], S::SLOT);
 #pragma unroll
-        for (int piece = 0; piece < S::PIECES; piece++)
-            copy_box(sm.v[i] + piece * S::BOX, v_map, sm.v_full[i], piece * 64, row, head, batch);
+            for (int piece = 0; piece < S::PIECES; piece++)
+                copy_box(sm.ring[i] + piece * S::BOX, map, sm.full[i], (part * S::PIECES + piece) * 64,
+                         row0 + block * BLOCK_KEYS, head, batch);
+        }
+    };
+    if (S::OVERLAP && blocks > 0)
+        copy(k_map, 0);
+#pragma unroll 1
+    for (int block = 0; block < blocks; block++) {
+        const int next = block + S::OVERLAP;
+        if (next < blocks)
+            copy(k_map, next);
+        copy(v_map, block);
     }
 }
 
-/* Finds the next item that exists, or the end, and publishes it. */
+/* Finds items, always one ahead, so that it costs the consumers no time. The last one does not exist. */
 template <class S>
-static __device__ __forceinline__ bool publish_item(const fad_attn_problem &p, const Work &work, HopperShared<S> &sm,
-                                                    const Ring &slot, int64_t &number) {
-    HopperItem &item = sm.items[slot.index];
-    bool exists = false;
-    barrier_wait(sm.item_empty[slot.index], slot.round ^ 1);
-    for (; number < work.n_items && !exists; number = take_item(work))
-        exists = find_item(p, work, S::ROWS, number, item.t, item.range);
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) {
-        item.exists = exists;
-        barrier_arrive(sm.item_full[slot.index]);
-    }
-    return exists;
-}
-
-/* Warp 0 of the producer. Each item is published before the keys of the one before it are copied, so that finding it and
- * copying its queries cost the consumers no time. */
-template <class S>
-static __device__ __forceinline__ void produce_keys(const fad_attn_problem &p, const Work &work,
-                                                    const CUtensorMap &k_map, const CUtensorMap &v_map,
-                                                    HopperShared<S> &sm) {
-    Ring before, slot, ring;
+static __device__ __forceinline__ void produce_items(const fad_attn_problem &p, const Work &work, HopperShared<S> &sm) {
     int64_t number = blockIdx.x;
-    for (bool first = true, exists = true; exists; first = false) {
-        exists = publish_item(p, work, sm, slot, number);
-        if (!first && threadIdx.x % 32 == 0)
-            copy_blocks<S>(p, sm.items[before.index], k_map, v_map, sm, ring);
+    bool exists = true;
+    for (Ring slot; exists; slot.advance<ITEMS>()) {
+        HopperItem &item = sm.items[slot.index];
+        exists = false;
+        barrier_wait(sm.item_empty[slot.index], slot.round ^ 1);
+        for (; number < work.n_items && !exists; number = take_item(work))
+            exists = find_item(p, work, S::ROWS, number, item.t, item.range);
         __syncwarp();
-        before = slot;
-        slot.advance<ITEMS>();
+        if (threadIdx.x % 32 == 0) {
+            item.exists = exists;
+            barrier_arrive(sm.item_full[slot.index]);
+        }
     }
 }
 
-/* The other warps of the producer: an item's rows of q, as soon as the consumers have read those of the item before. */
+/* Each item's K and V. */
 template <class S>
-static __device__ __forceinline__ void produce_queries(const fad_attn_problem &p, HopperShared<S> &sm) {
-    const int thread = threadIdx.x - 32;
-    unsigned q_round = 0;
-    for (Ring slot;; slot.advance<ITEMS>(), q_round ^= 1) {
+static __device__ __forceinline__ void produce_keys(const fad_attn_problem &p, const CUtensorMap &k_map,
+                                                    const CUtensorMap &v_map, HopperShared<S> &sm) {
+    Ring ring;
+    for (Ring slot;; slot.advance<ITEMS>()) {
         const HopperItem &item = sm.items[slot.index];
         barrier_wait(sm.item_full[slot.index], slot.round);
         if (!item.exists)
             return;
-        barrier_wait(sm.q_empty, q_round ^ 1);
-#pragma unroll 2
-        for (int at = thread; at < S::ROWS * S::N; at += QUERY_WARPS * 32) {
-            const int r = at / S::N, chunk = at % S::N, piece = chunk / 8;
-            const Row row = row_of(item.t, r);
-            const int64_t first = item.t.seq.q + row.i * p.q.stride_s + row.h * p.q.stride_h;
-            cp_async16(sm.q[r / GROUP_ROWS] + piece * S::BOX + swizzled<8>(r % GROUP_ROWS, chunk % 8),
-                       (const char *)p.q.data + 2 * (first + chunk * 8),
-                       r < item.t.n_active && chunk * 8 < p.D ? 16 : 0);
+        if (threadIdx.x % 32 == 0) {
+            copy_blocks<S>(p, item, k_map, v_map, sm, ring);
+            barrier_arrive(sm.item_empty[slot.index]);
+        }
+        __syncwarp();
+    }
+}
+
+/* Each item's rows of q, as soon as the consumers have read those that lay there before; a row a thread. */
+template <class S>
+static __device__ __forceinline__ void produce_queries(const fad_attn_problem &p, HopperShared<S> &sm) {
+    const int thread = threadIdx.x % (QUERY_WARPS * 32);
+    Ring buffer;
+    for (Ring slot;; slot.advance<ITEMS>(), buffer.advance<S::Q_BUFFERS>()) {
+        const HopperItem &item = sm.items[slot.index];
+        barrier_wait(sm.item_full[slot.index], slot.round);
+        if (!item.exists)
+            return;
+        barrier_wait(sm.q_empty[buffer.index], buffer.round ^ 1);
+        for (int r = thread; r < S::ROWS; r += QUERY_WARPS * 32) {
+            const bool active = r < item.t.n_active;
+            const Row row = row_of(item.t, active ? r : 0);
+            const char *from = (const char *)p.q.data +
+                               2 * (item.t.seq.q + row.i * p.q.stride_s + row.h * p.q.stride_h);
+            char *to = sm.q[buffer.index][r / GROUP_ROWS];
+#pragma unroll
+            for (int chunk = 0; chunk < S::N; chunk++)
+                cp_async16(to + chunk / 8 * S::Q_BOX + swizzled<8>(r % GROUP_ROWS, chunk % 8), from + chunk * 16,
+                           active && chunk * 8 < p.D ? 16 : 0);
         }
         cp_async_commit();
         cp_async_wait<0>();
         fence_async_proxy();
-        barrier_arrive(sm.q_full);
+        barrier_arrive(sm.q_full[buffer.index]);
         __syncwarp(); /* all lanes have read the item */
         if (threadIdx.x % 32 == 0)
             barrier_arrive(sm.item_empty[slot.index]);
@@ -181,7 +197,11 @@ template <class S> struct HopperConsumer {
     const ScoreRule rule;
     const int group = threadIdx.x / GROUP_THREADS - 1, lane = threadIdx.x % 32;
     const int first = group * GROUP_ROWS + threadIdx.x % GROUP_THREADS / 32 * 16; /* the warp's, in the tile */
-    Ring keys, values;
+    const uint64_t k_ring = matrix_descriptor(sm.ring, 16), v_ring = matrix_descriptor(sm.ring, S::BOX),
+                   q_tiles = matrix_descriptor(sm.q[0][group], 16);
+    Ring q_buffer;
+    Ring ring;          /* the next part of K or V */
+    int whole, n_whole; /* of the item's range */
     int splits, to_split_end; /* that have ended; blocks up to the end of the current one */
     RowPair total;            /* of the splits that have ended */
     References references;
@@ -203,8 +223,8 @@ template <class S> struct HopperConsumer {
         if constexpr (S::Q_IN_REGISTERS) {
 #pragma unroll
             for (int k = 0; k < S::D / 16; k++)
-                load_fragment<8>(q[k], sm.q[group] + k / 4 * S::BOX, first % GROUP_ROWS, k % 4);
-            arrive(sm.q_empty);
+                load_fragment<8>(q[k], sm.q[q_buffer.index][group] + k / 4 * S::Q_BOX, first % GROUP_ROWS, k % 4);
+            arrive(sm.q_empty[q_buffer.index]);
         }
     }
     __device__ __forceinline__ void clear() {
@@ -216,79 +236,111 @@ template <class S> struct HopperConsumer {
         l[0] = l[1] = 0;
     }
 
-    /* N7: starts S = Q K^T for the next block of keys. */
-    __device__ __forceinline__ void start_scores(ScoreTile &s) {
-        const char *k_tile = sm.k[keys.index];
-        barrier_wait(sm.k_full[keys.index], keys.round);
+    /* The slots of the ring where the next block of K or V lies; in use until released. */
+    struct Slots {
+        int part[S::PARTS];
+    };
+    /* arrived: of the first part, if barrier_test has been asked; asking early hides its latency. */
+    __device__ __forceinline__ Slots wait_for_block(bool arrived = false) {
+        Slots slots;
+#pragma unroll
+        for (int i = 0; i < S::PARTS; i++, ring.template advance<S::SLOTS>()) {
+            if (i > 0 || !arrived)
+                barrier_wait(sm.full[ring.index], ring.round);
+            slots.part[i] = ring.index;
+        }
+        return slots;
+    }
+    __device__ __forceinline__ bool block_arrived() const { return barrier_test(sm.full[ring.index], ring.round); }
+    __device__ __forceinline__ void release(const Slots &slots) const {
+        __syncwarp();
+        if (lane == 0)
+#pragma unroll
+            for (int i = 0; i < S::PARTS; i++)
+                barrier_arrive(sm.empty[slots.part[i]]);
+    }
+
+    /* N7: starts S = Q K^T for a block of keys. */
+    __device__ __forceinline__ void start_scores(ScoreTile &s, const Slots &keys) {
 #pragma unroll
         for (int k = 0; k < S::D / 16; k++) {
-            const int at = k / 4 * S::BOX + k % 4 * 32;
-            const uint64_t b = matrix_descriptor(k_tile + at, 16);
+            const int piece = k / 4 % S::PIECES, dims = k % 4 * 32;
+            const uint64_t b = matrix_at(k_ring, keys.part[k / 4 / S::PIECES] * S::SLOT + piece * S::BOX + dims);
             if constexpr (S::Q_IN_REGISTERS)
                 wgmma_scores<S::T>(s, q[k], b, k > 0);
             else
-                wgmma_scores<S::T>(s, matrix_descriptor(sm.q[group] + at, 16), b, k > 0);
+                wgmma_scores<S::T>(s, matrix_at(q_tiles, q_buffer.index * (int)sizeof sm.q[0] + k / 4 * S::Q_BOX + dims), b, k > 0);
         }
     }
-    __device__ __forceinline__ void release_keys() {
-        arrive(sm.k_empty[keys.index]);
-        keys.advance<S::STAGES>();
-    }
+
+    __device__ __forceinline__ bool is_partial(int block) const { return (unsigned)(block - whole) >= (unsigned)n_whole; }
 
     /* N4 to N6: from scores to probabilities. Returns whether references moved, alpha tells how O has to follow. */
-    __device__ __forceinline__ bool softmax(ScoreTile &s, const HopperItem &item, int block, float (&alpha)[2]) {
-        const bool partial = item.range.partial(block);
-        if (partial || !rule.plain)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const RowView row(p, item.t, item.range, first + lane / 4 + half * 8);
-                if (!rule.plain)
-                    row.apply_options(s, half, rule, block);
-                if (partial)
-                    row.mask(s, half, block);
+    template <class Meanwhile>
+    __device__ __forceinline__ bool softmax(ScoreTile &s, const HopperItem &item, int block, float (&alpha)[2],
+                                            Meanwhile meanwhile) {
+        const bool partial = is_partial(block);
+        if (partial || !rule.plain) {
+            const RowView g(p, item.t, item.range, first + lane / 4), g8(p, item.t, item.range, first + lane / 4 + 8);
+            if (!rule.plain)
+                apply_options(s, g, g8, rule, block);
+            if (partial) {
+                g.mask(s, 0, block);
+                g8.mask(s, 1, block);
             }
+        }
         float x_max[2];
         row_maxima(s, x_max);
-        const bool moved = references.advance(x_max, rule.c, partial, alpha);
-        references.apply(s, rule.c);
+        const bool moved = references.advance(x_max, rule.c, alpha);
+        references.apply(s, rule.c, meanwhile);
         return moved;
     }
 
     /* N11: whether a block's values have Inf or NaN. Every consumer gets the same answer. */
-    __device__ __forceinline__ bool values_not_finite() const {
-        const uint4 *v = (const uint4 *)sm.v[values.index];
+    __device__ __forceinline__ bool values_not_finite(const Slots &values) const {
         unsigned full = 0;
+#pragma unroll
+        for (int part = 0; part < S::PARTS; part++) {
+            const uint4 *v = (const uint4 *)sm.ring[values.part[part]];
 #pragma unroll 4
-        for (int at = threadIdx.x % GROUP_THREADS; at < S::TILE / 16; at += GROUP_THREADS) {
-            const uint4 x = v[at];
-            full |= exponents_full<S::T>(x.x) | exponents_full<S::T>(x.y) | exponents_full<S::T>(x.z) |
-                    exponents_full<S::T>(x.w);
+            for (int at = threadIdx.x % GROUP_THREADS; at < S::SLOT / 16; at += GROUP_THREADS) {
+                const uint4 x = v[at];
+                full |= exponents_full<S::T>(x.x) | exponents_full<S::T>(x.y) | exponents_full<S::T>(x.z) |
+                        exponents_full<S::T>(x.w);
+            }
         }
-        return named_barrier_or(1 + group, GROUP_THREADS, full != 0);
+        return __any_sync(~0u, named_barrier_or(1 + group, GROUP_THREADS, full != 0));
     }
 
     /* N11 where some rows do not see them: the values step by mma.sync, each row with what it sees. Then there are zeros
      * in their place, with which the usual step changes nothing. */
-    __device__ __forceinline__ void add_guarded(const ProbabilityFragments &a, const HopperItem &item, int block) {
-        char *v = sm.v[values.index];
+    __device__ __forceinline__ void add_guarded(const ProbabilityFragments &a, const Slots &values,
+                                                const HopperItem &item, int block) {
 #pragma unroll
-        for (int piece = 0; piece < S::PIECES; piece++)
-            add_values_guarded<S::T, 8>(*(float (*)[8][4]) & o[8 * piece], a, v + piece * S::BOX, [&](int r) {
-                const RowView row(p, item.t, item.range, first + r);
-                return fad_interval{row.lo - block * BLOCK_KEYS, row.hi - block * BLOCK_KEYS};
-            });
+        for (int n = 0; n < S::N; n += 8)
+            add_values_guarded<S::T, 8>(*(float (*)[8][4]) & o[n], a,
+                                        sm.ring[values.part[n / S::PART_N]] + n / 8 % S::PIECES * S::BOX, [&](int r) {
+                                            const RowView row(p, item.t, item.range, first + r);
+                                            return fad_interval{row.lo - block * BLOCK_KEYS,
+                                                                row.hi - block * BLOCK_KEYS};
+                                        });
         named_barrier_sync(ALL_CONSUMERS, S::CONSUMERS * GROUP_THREADS); /* v may be overwritten */
-        for (int at = threadIdx.x - GROUP_THREADS; at < S::TILE / 16; at += S::CONSUMERS * GROUP_THREADS)
-            ((uint4 *)v)[at] = make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int part = 0; part < S::PARTS; part++)
+            for (int at = threadIdx.x - GROUP_THREADS; at < S::SLOT / 16; at += S::CONSUMERS * GROUP_THREADS)
+                ((uint4 *)sm.ring[values.part[part]])[at] = make_uint4(0, 0, 0, 0);
         fence_async_proxy();
         named_barrier_sync(ALL_CONSUMERS, S::CONSUMERS * GROUP_THREADS); /* v may be read */
     }
 
     /* N7: starts O += P V. */
-    __device__ __forceinline__ void start_values(const ProbabilityFragments &a) {
+    __device__ __forceinline__ void start_values(const ProbabilityFragments &a, const Slots &values) {
 #pragma unroll
-        for (int k = 0; k < BLOCK_KEYS / 16; k++)
-            wgmma_values<S::T>(o, a[k], matrix_descriptor(sm.v[values.index] + k * 16 * 128, S::BOX));
+        for (int part = 0; part < S::PARTS; part++)
+#pragma unroll
+            for (int k = 0; k < BLOCK_KEYS / 16; k++)
+                wgmma_values<S::T>(*(float (*)[S::PART_N][4]) & o[part * S::PART_N], a[k],
+                                   matrix_at(v_ring, values.part[part] * S::SLOT + k * 16 * 128));
     }
 
     /* Where the running O rests, this thread's values GROUP_THREADS apart. */
@@ -315,36 +367,63 @@ template <class S> struct HopperConsumer {
     __device__ __forceinline__ void step(const Work &work, const HopperItem &item, int block, ScoreTile &s) {
         ProbabilityFragments a; /* in use until the values step is complete: not written again before */
         RowPair part;
+        Slots keys;
         float alpha[2] = {1, 1};
         bool moved = false;
         const bool split_ends = LAST || --to_split_end == 0;
+        bool arrived = S::OVERLAP && block_arrived();
         round_probabilities<S::T>(a, s);
-        barrier_wait(sm.v_full[values.index], values.round);
-        if (item.range.partial(block) && values_not_finite())
-            add_guarded(a, item, block);
-        wgmma_fence();
-        if (!LAST) {
-            start_scores(s);
+        if (S::OVERLAP && !LAST) {
+            keys = wait_for_block(arrived);
+            arrived = block_arrived();
+            wgmma_fence();
+            start_scores(s, keys);
             wgmma_commit();
         }
-        start_values(a);
+        const Slots values = wait_for_block(arrived);
+        if (is_partial(block) && values_not_finite(values))
+            add_guarded(a, values, item, block);
+        wgmma_fence();
+        start_values(a, values);
         wgmma_commit();
+        float sum[2]; /* b_t */
+        auto add_to_sum = [&](int n) {
+            add_to_lane<S::T>(sum[0], a, n, 0);
+            add_to_lane<S::T>(sum[1], a, n, 1);
+        };
+        if (!S::OVERLAP || LAST)
 #pragma unroll
-        for (int half = 0; half < 2; half++) /* while the tensor cores work */
-            l[half] = fad_f32_add(l[half], lane_sum<S::T>(a, half));
+            for (int n = 0; n < KEY_TILES; n++)
+                add_to_sum(n);
         if (split_ends) {
             part.m[0] = references.reference(0);
             part.m[1] = references.reference(1);
             references.clear();
         }
         if (!LAST) {
-            wgmma_wait<1>();
-            release_keys();
-            moved = softmax(s, item, block + 1, alpha);
+            if (!S::OVERLAP) {
+                keys = wait_for_block();
+                wgmma_wait<0>();
+                release(values);
+                wgmma_fence();
+                start_scores(s, keys);
+                wgmma_commit();
+                wgmma_wait<0>();
+            } else {
+                wgmma_wait<1>();
+            }
+            release(keys);
+            moved = softmax(s, item, block + 1, alpha, [&](int n) {
+                if (S::OVERLAP)
+                    add_to_sum(n);
+            });
         }
-        wgmma_wait<0>();
-        arrive(sm.v_empty[values.index]);
-        values.advance<S::STAGES>();
+        l[0] = fad_f32_add(l[0], sum[0]);
+        l[1] = fad_f32_add(l[1], sum[1]);
+        if (S::OVERLAP || LAST) {
+            wgmma_wait<0>();
+            release(values);
+        }
         if (split_ends) {
             part.l[0] = sum_lanes(l[0]);
             part.l[1] = sum_lanes(l[1]);
@@ -368,12 +447,15 @@ template <class S> struct HopperConsumer {
         float alpha[2];
         const int last = item.range.blocks - 1;
         to_split_end = item.range.to_split_end;
+        whole = item.range.whole;
+        n_whole = item.range.n_whole;
+        const Slots keys = wait_for_block();
         wgmma_fence();
-        start_scores(s);
+        start_scores(s, keys);
         wgmma_commit();
         wgmma_wait<0>();
-        release_keys();
-        softmax(s, item, 0, alpha);
+        release(keys);
+        softmax(s, item, 0, alpha, [](int) {});
 #pragma unroll 1
         for (int block = 0; block < last; block++)
             step<false>(work, item, block, s);
@@ -389,7 +471,7 @@ template <class S> struct HopperConsumer {
 
     /* N9: O to out and lse. */
     __device__ __forceinline__ void finish(const HopperItem &item) {
-        char *staged = S::REST_IN_SHARED ? (char *)sm.rest[group] : sm.q[group];
+        char *staged = S::REST_IN_SHARED ? (char *)sm.rest[group] : sm.q[0][group];
         staged -= group * GROUP_ROWS * S::D * 2; /* of the tile's row 0 */
         sync_group();                            /* nobody in the group reads what lies there any more */
         finish_rows<S::T, S::N>(p, item.t, first, total, o, staged, 0, true);
@@ -400,13 +482,12 @@ template <class S> struct HopperConsumer {
     }
 
     __device__ __forceinline__ void run(const Work &work) {
-        unsigned q_round = 0;
-        for (Ring slot;; slot.advance<ITEMS>(), q_round ^= 1) {
+        for (Ring slot;; slot.advance<ITEMS>(), q_buffer.template advance<S::Q_BUFFERS>()) {
             const HopperItem &item = sm.items[slot.index];
             barrier_wait(sm.item_full[slot.index], slot.round);
             if (!item.exists)
                 return;
-            barrier_wait(sm.q_full, q_round);
+            barrier_wait(sm.q_full[q_buffer.index], q_buffer.round);
             load_queries();
             references.clear();
             clear();
@@ -419,7 +500,7 @@ template <class S> struct HopperConsumer {
             else
                 finish(item);
             if (!S::Q_IN_REGISTERS)
-                arrive(sm.q_empty);
+                arrive(sm.q_empty[q_buffer.index]);
             arrive(sm.item_empty[slot.index]);
         }
     }
@@ -436,10 +517,12 @@ __global__ void __launch_bounds__(S::THREADS, 1)
     __syncthreads(); /* barriers may be used */
     if (threadIdx.x < GROUP_THREADS) {
         give_registers<S::PRODUCER_REGISTERS>();
-        if (threadIdx.x < 32)
-            produce_keys(p, work, k_map, v_map, sm);
-        else
+        if (threadIdx.x < 64)
             produce_queries(p, sm);
+        else if (threadIdx.x < 96)
+            produce_keys(p, k_map, v_map, sm);
+        else
+            produce_items(p, work, sm);
     } else {
         take_registers<S::CONSUMER_REGISTERS>();
         HopperConsumer<S>(p, sm).run(work);

@@ -92,7 +92,7 @@ static fad_status check_rows(const fad_attn_problem *p, const char *name, const 
 
 /* Kernels count the rows of a sequence in 32 bits. */
 static fad_status check_lengths(const fad_attn_problem *p) {
-    constexpr int64_t MOST = INT32_MAX - FAD_BLOCK_KV;
+    constexpr int64_t MOST = INT32_MAX - FAD_MMA_BLOCK_KV;
     return p->Sq <= MOST && p->Sk <= MOST
                ? FAD_OK
                : fad_core->fail(FAD_UNSUPPORTED,

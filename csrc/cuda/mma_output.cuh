@@ -51,11 +51,25 @@ template <int N> static __device__ __forceinline__ void rest_state(float4 *rest,
         rest[n * stride] = make_float4(o[n][0], o[n][1], o[n][2], o[n][3]);
 }
 
-/* N9: the quotient of fad_f32_finish_out with one division per row: `inverse` is 1 / l, rounded. Two fused steps give
- * the correctly rounded quotient (Markstein) as long as nothing in them is subnormal or overflows. */
-static __device__ __forceinline__ float quotient(float o, float l, float inverse) {
-    const float q = fad_f32_mul(o, inverse), exact = fad_f32_fma(fad_f32_fma(-q, l, o), inverse, q);
-    return o == 0 || (fabsf(o) > 0x1p-80f && fabsf(o) < 0x1p100f) ? exact : fad_f32_div(o, l);
+/* N9: o / l where `inverse` is 1 / l, rounded: two fused steps give the correctly rounded quotient (Markstein) as long as
+ * nothing in them is subnormal or overflows. -0 becomes +0. */
+static __device__ __forceinline__ float near_quotient(float o, float l, float inverse) {
+    const float q = fad_f32_mul(o, inverse);
+    return fad_f32_fma(fad_f32_fma(-q, l, o), inverse, q);
+}
+/* Whether that holds for this lane's values of a row (half 0: g, 1: g + 8). */
+template <int N> static __device__ __forceinline__ bool quotients_near(const float (&o)[N][4], int half, float l) {
+    unsigned largest = 0, smallest = ~0u; /* magnitudes as bits; 0 is exact, and does not count as small */
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const unsigned magnitude = fad_f32_bits(o[n][2 * half + e]) & 0x7fffffffu;
+            largest = max(largest, magnitude);
+            smallest = min(smallest, magnitude - 1);
+        }
+    constexpr unsigned LOW = (127u - 80) << 23, HIGH = (127u + 100) << 23; /* 2^-80, 2^100 */
+    return l >= 0.5f && l < 0x1p100f && smallest >= LOW && largest < HIGH;
 }
 
 /* N9: two values of out, rounded, as one word. */
@@ -70,29 +84,35 @@ template <fad_dtype T> static __device__ __forceinline__ unsigned round_out(floa
  * tile of CHUNKS chunks a row, N * 8 values of it from `first_dim` on. write_lse: this warp is the one that does. */
 template <fad_dtype T, int CHUNKS, int N>
 static __device__ __forceinline__ void finish_rows(const fad_attn_problem &p, const Tile &t, int first,
-                                                   const RowPair &state, const float (&o)[N][4], char *staged,
+                                                   const RowPair &state, float (&o)[N][4], char *staged,
                                                    int first_dim, bool write_lse) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int r = first + lane / 4 + half * 8;
-        float m = state.m[half], l = state.l[half], sink = 1;
+        float m = state.m[half], l = state.l[half];
         if (r >= t.n_active)
             m = FAD_F32_SENTINEL, l = 0; /* whatever the unused rows of the tile have computed */
-        if (p.sinks && r < t.n_active)
-            sink = fold_sink(p, t, r, m, l);
+        if (p.sinks) {
+            const float sink = r < t.n_active ? fold_sink(p, t, r, m, l) : 1;
+#pragma unroll
+            for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int e = 2 * half; e < 2 * half + 2; e++)
+                    o[n][e] = fad_f32_mul(o[n][e], sink);
+        }
         if (write_lse && lane % 4 == 0 && r < t.n_rows)
             store_lse(p, t, r, m, l);
+        const bool near = quotients_near(o, half, l);
         const float inverse = fad_f32_div(1.0f, l);
 #pragma unroll
         for (int n = 0; n < N; n++) {
-            float x[2];
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const float value = p.sinks ? fad_f32_mul(o[n][2 * half + e], sink) : o[n][2 * half + e];
-                x[e] = l < 0.5f ? 0.0f : fad_f32_add(quotient(value, l, inverse), 0.0f);
-            }
-            *(unsigned *)(staged + swizzled<CHUNKS>(r, first_dim / 8 + n) + lane % 4 * 4) = round_out<T>(x[0], x[1]);
+            const float x = o[n][2 * half], y = o[n][2 * half + 1];
+            unsigned *to = (unsigned *)(staged + swizzled<CHUNKS>(r, first_dim / 8 + n) + lane % 4 * 4);
+            if (near)
+                *to = pack2<T>(near_quotient(x, l, inverse), near_quotient(y, l, inverse));
+            else
+                *to = round_out<T>(fad_f32_finish_out(x, l), fad_f32_finish_out(y, l));
         }
     }
 }

@@ -7,7 +7,7 @@
 #include "ptx.cuh"
 #include "work.cuh"
 
-constexpr int BLOCK_KEYS = FAD_BLOCK_KV;
+constexpr int BLOCK_KEYS = FAD_MMA_BLOCK_KV;
 constexpr int KEY_TILES = BLOCK_KEYS / 8; /* n8 tiles of a block */
 
 /* Scores of a warp's 16 rows and one block: [n8 tile][row g: 0, 1; row g + 8: 2, 3]. */
@@ -44,20 +44,6 @@ struct RowView {
     }
     __device__ RowView(int lo_, int hi_, int pos_, float slope_) : lo(lo_), hi(hi_), pos(pos_), slope(slope_) {}
 
-    /* N5: x from s, for this lane's scores of the row, which is g (half 0) or g + 8 (half 1) of the warp. */
-    __device__ __forceinline__ void apply_options(ScoreTile &s, int half, const ScoreRule &rule, int block) const {
-        const int distance = pos - block * BLOCK_KEYS - threadIdx.x % 4 * 2; /* of the lane's first key */
-#pragma unroll
-        for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                float &x = s[n][half * 2 + e];
-                x = fad_f32_scaled_score(x, rule.scaled, rule.softcap);
-                if (rule.alibi)
-                    x = fad_f32_fma(slope, fabsf((float)(distance - n * 8 - e)), x);
-            }
-    }
-
     /* N4: -inf where the row does not see a key. */
     __device__ __forceinline__ void mask(ScoreTile &s, int half, int block) const {
         const int here = block * BLOCK_KEYS + threadIdx.x % 4 * 2, from = lo - here, to = hi - here;
@@ -69,6 +55,35 @@ struct RowView {
                     s[n][half * 2 + e] = -INFINITY;
     }
 };
+
+/* N5: x from s for a warp's rows g and g8 (g + 8). Options are rare and their code is long: it does a quarter of the tile
+ * at a time, which goes round, as registers cannot be indexed. */
+static __device__ __forceinline__ void apply_options(ScoreTile &s, const RowView &g, const RowView &g8,
+                                                     const ScoreRule &rule, int block) {
+    constexpr int TURN = KEY_TILES / 4;
+    const int key = block * BLOCK_KEYS + threadIdx.x % 4 * 2; /* the lane's first */
+    int distance[2] = {g.pos - key, g8.pos - key};
+#pragma unroll 1
+    for (int turn = 0; turn < 4; turn++) {
+        float x[TURN][4];
+#pragma unroll
+        for (int n = 0; n < TURN; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                x[n][e] = fad_f32_scaled_score(s[n][e], rule.scaled, rule.softcap);
+                if (rule.alibi)
+                    x[n][e] = fad_f32_fma(e < 2 ? g.slope : g8.slope,
+                                          fabsf((float)(distance[e / 2] - n * 8 - e % 2)), x[n][e]);
+            }
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                s[n][e] = n < KEY_TILES - TURN ? s[n + TURN][e] : x[n % TURN][e];
+        distance[0] -= TURN * 8;
+        distance[1] -= TURN * 8;
+    }
+}
 
 /* The rows of a tile in shared memory. */
 template <int ROWS> struct RowTable {
@@ -88,9 +103,8 @@ template <int ROWS> struct RowTable {
      * rows g. */
     template <int HALVES = 2>
     __device__ __forceinline__ void apply_options(ScoreTile &s, const ScoreRule &rule, int first, int block) const {
-#pragma unroll
-        for (int half = 0; half < HALVES; half++)
-            (*this)[first + threadIdx.x % 32 / 4 + half * 8].apply_options(s, half, rule, block);
+        const int g = first + threadIdx.x % 32 / 4;
+        ::apply_options(s, (*this)[g], (*this)[HALVES == 2 ? g + 8 : g], rule, block);
     }
     template <int HALVES = 2> __device__ __forceinline__ void mask(ScoreTile &s, int first, int block) const {
 #pragma unroll
@@ -108,10 +122,13 @@ template <int ROWS> struct RowTable {
 template <int HALVES> static __device__ __forceinline__ void row_maxima(const ScoreTile &s, float (&x_max)[HALVES]) {
 #pragma unroll
     for (int half = 0; half < HALVES; half++) {
-        float best = fmaxf(s[0][2 * half], s[0][2 * half + 1]);
+        float of[4]; /* so that they do not wait for each other */
 #pragma unroll
-        for (int n = 1; n < KEY_TILES; n++)
-            best = fmaxf(best, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+        for (int n = 0; n < KEY_TILES; n++) {
+            const float both = fmaxf(s[n][2 * half], s[n][2 * half + 1]);
+            of[n % 4] = n < 4 ? both : fmaxf(of[n % 4], both);
+        }
+        float best = fmaxf(fmaxf(of[0], of[1]), fmaxf(of[2], of[3]));
         best = best != best ? -INFINITY : best; /* nothing but NaN */
         best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
         x_max[half] = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
@@ -126,14 +143,17 @@ static __device__ __forceinline__ float far_argument(float x, float c, float m) 
 /* P as the a operands of a block's four steps, rounded to the input type (N7). */
 typedef unsigned ProbabilityFragments[BLOCK_KEYS / 16][4];
 
-/* N6: p of scores s, in their place. argument(x, half) is what exp2 gets. */
-template <int HALVES, class Argument>
-static __device__ __forceinline__ void exponentiate(ScoreTile &s, Argument argument) {
+/* N6: p of scores s, in their place. argument(x, half) is what exp2 gets. meanwhile(n): something else to compute for
+ * each n8 tile, because the unit that does exp2 takes an instruction every eight cycles. */
+template <int HALVES, class Argument, class Meanwhile>
+static __device__ __forceinline__ void exponentiate(ScoreTile &s, Argument argument, Meanwhile meanwhile) {
 #pragma unroll
-    for (int n = 0; n < KEY_TILES; n++)
+    for (int n = 0; n < KEY_TILES; n++) {
 #pragma unroll
         for (int e = 0; e < 2 * HALVES; e++)
             s[n][e] = ex2(argument(s[n][e], e / 2));
+        meanwhile(n);
+    }
 }
 
 /* N7: p rounded to the input type. */
@@ -146,15 +166,18 @@ static __device__ __forceinline__ void round_probabilities(ProbabilityFragments 
             a[n / 2][n % 2 * 2 + half] = pack2<T>(p[n][2 * half], p[n][2 * half + 1]);
 }
 
-/* N7: this lane's b_t of row g (half 0) or g + 8 (half 1). */
+/* N7: adds n8 tile n of row g (half 0) or g + 8 (half 1) to this lane's b_t; tiles in ascending order. */
+template <fad_dtype T>
+static __device__ __forceinline__ void add_to_lane(float &sum, const ProbabilityFragments &a, int n, int half) {
+    const unsigned pair = a[n / 2][n % 2 * 2 + half];
+    const float both = fad_f32_add(low_half<T>(pair), high_half<T>(pair));
+    sum = n == 0 ? both : fad_f32_add(sum, both);
+}
 template <fad_dtype T> static __device__ __forceinline__ float lane_sum(const ProbabilityFragments &a, int half) {
     float sum = 0;
 #pragma unroll
-    for (int n = 0; n < KEY_TILES; n++) {
-        const unsigned pair = a[n / 2][n % 2 * 2 + half];
-        const float both = fad_f32_add(low_half<T>(pair), high_half<T>(pair));
-        sum = n == 0 ? both : fad_f32_add(sum, both);
-    }
+    for (int n = 0; n < KEY_TILES; n++)
+        add_to_lane<T>(sum, a, n, half);
     return sum;
 }
 
@@ -172,7 +195,7 @@ static __device__ __forceinline__ float sum_lanes(float l) {
  * says. */
 struct References {
     static constexpr float EMPTY = FAD_F32_MAGIC - FAD_F32_LIMIT;
-    static constexpr unsigned LOWEST = 0x4b000001u, SPAN = 0x7ffffeu; /* bits of EMPTY + 1, and up to 2^24 - 1 */
+    static constexpr unsigned HIGHEST = 0x4b7fffffu; /* bits of 2^24 - 1 */
     float r[2];
     bool far; /* of the warp */
 
@@ -181,28 +204,30 @@ struct References {
         far = false;
     }
 
-    /* N6: moves the references to a block with these maxima. alpha: what O and l are to be multiplied by. Returns
-     * whether any row of the warp moved. partial: rows may have seen no key of the block. */
-    __device__ __forceinline__ bool advance(const float (&x_max)[2], float c, bool partial, float (&alpha)[2]) {
-        float now[2];
+    /* N6: moves the references to a block with these maxima, -inf where a row has seen no key of it. alpha: what O and l
+     * are to be multiplied by. Returns whether any row of the warp moved. */
+    __device__ __forceinline__ bool advance(const float (&x_max)[2], float c, float (&alpha)[2]) {
+        float now[2] = {fad_f32_fma(x_max[0], c, FAD_F32_MAGIC), fad_f32_fma(x_max[1], c, FAD_F32_MAGIC)};
+        /* Monotonic, so that what is not above r is not above m either, however far below LIMIT. */
+        if (__all_sync(~0u, !far & (now[0] <= r[0]) & (now[1] <= r[1]))) {
+            alpha[0] = alpha[1] = 1;
+            return false;
+        }
         bool near = !far;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const bool none = partial && x_max[i] == -INFINITY;
-            now[i] = none ? EMPTY : fad_f32_fma(x_max[i], c, FAD_F32_MAGIC);
-            near &= none || fad_f32_bits(now[i]) - LOWEST <= SPAN;
             now[i] = fmaxf(now[i], r[i]);
+            near &= fad_f32_bits(now[i]) <= HIGHEST;
         }
         if (!__all_sync(~0u, near))
             return advance_far(x_max, c, alpha);
-        const bool moved = __any_sync(~0u, (now[0] != r[0]) | (now[1] != r[1]));
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int below = (int)(fad_f32_bits(r[i]) - fad_f32_bits(now[i]));
             alpha[i] = fad_f32_from_bits((unsigned)(max(below, -127) + 127) << 23);
             r[i] = now[i];
         }
-        return moved;
+        return true;
     }
 
     /* m of row half. */
@@ -227,13 +252,14 @@ struct References {
         return __any_sync(~0u, moved);
     }
 
-    /* s becomes p of the references that advance() left. */
-    __device__ __forceinline__ void apply(ScoreTile &s, float c) const {
+    /* s becomes p of the references that advance() left; meanwhile(n) as in exponentiate. */
+    template <class Meanwhile>
+    __device__ __forceinline__ void apply(ScoreTile &s, float c, Meanwhile meanwhile) const {
         if (!far) {
             const float m[2] = {fad_f32_sub(r[0], FAD_F32_MAGIC), fad_f32_sub(r[1], FAD_F32_MAGIC)};
-            exponentiate<2>(s, [&](float x, int half) { return fad_f32_fma(x, c, -m[half]); });
+            exponentiate<2>(s, [&](float x, int half) { return fad_f32_fma(x, c, -m[half]); }, meanwhile);
         } else {
-            exponentiate<2>(s, [&](float x, int half) { return far_argument(x, c, r[half]); });
+            exponentiate<2>(s, [&](float x, int half) { return far_argument(x, c, r[half]); }, meanwhile);
         }
     }
 };

@@ -96,9 +96,9 @@ template <class S> struct MmaWarp {
             if (partial)
                 sm.rows.mask(s[mt], first + 16 * mt, block);
             row_maxima(s[mt], x_max);
-            if (references[mt].advance(x_max, rule.c, partial, alpha))
+            if (references[mt].advance(x_max, rule.c, alpha))
                 rescale(o[mt], alpha);
-            references[mt].apply(s[mt], rule.c);
+            references[mt].apply(s[mt], rule.c, [](int) {});
             round_probabilities<S::T>(a[mt], s[mt]);
 #pragma unroll
             for (int half = 0; half < 2; half++)

@@ -53,7 +53,7 @@ static __device__ __forceinline__ void mma_step(float (&d)[4], const unsigned (&
 /* N7: the exp2 of the mma family. */
 static __device__ __forceinline__ float ex2(float x) {
     float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

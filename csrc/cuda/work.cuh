@@ -43,15 +43,13 @@ struct KeyRange {
     int64_t first;        /* position */
     int blocks;           /* how many */
     int lo, hi;           /* keys that some row sees */
-    int full_lo, full_hi; /* keys that every row sees */
+    int whole, n_whole;   /* the first block that every row sees all of, and how many follow each other */
     int split_blocks;     /* blocks of a whole split, */
     int to_split_end;     /* and up to the end of the first */
     int64_t split;        /* the first split, counted from the sequence's first, */
     int64_t from, to;     /* and those that the item is to spill */
 
-    __device__ __forceinline__ bool partial(int block) const {
-        return block * FAD_BLOCK_KV < full_lo || (block + 1) * FAD_BLOCK_KV > full_hi;
-    }
+    __device__ __forceinline__ bool partial(int block) const { return (unsigned)(block - whole) >= (unsigned)n_whole; }
 };
 
 /* More than any sequence has: positions are below 2^33. */
@@ -74,16 +72,16 @@ static __device__ KeyRange key_range(const fad_attn_problem &p, const Tile &t, i
     seen.hi = min(seen.hi, (first_split + to) * p.split_size);
     if (seen.hi <= seen.lo)
         return range;
-    range.first = seen.lo / FAD_BLOCK_KV * FAD_BLOCK_KV;
+    range.first = seen.lo / FAD_MMA_BLOCK_KV * FAD_MMA_BLOCK_KV;
     range.lo = (int)(seen.lo - range.first);
     range.hi = (int)(seen.hi - range.first);
-    range.full_lo = (int)fad_clamp(full.lo - range.first, 0, INT32_MAX);
-    range.full_hi = (int)fad_clamp(full.hi - range.first, 0, INT32_MAX);
-    range.blocks = (range.hi + FAD_BLOCK_KV - 1) / FAD_BLOCK_KV;
-    const int64_t split_blocks = p.split_size / FAD_BLOCK_KV;
+    range.blocks = (range.hi + FAD_MMA_BLOCK_KV - 1) / FAD_MMA_BLOCK_KV;
+    range.whole = (int)((fad_clamp(full.lo - range.first, 0, range.hi) + FAD_MMA_BLOCK_KV - 1) / FAD_MMA_BLOCK_KV);
+    range.n_whole = max((int)(fad_clamp(full.hi - range.first, 0, range.hi) / FAD_MMA_BLOCK_KV) - range.whole, 0);
+    const int64_t split_blocks = p.split_size / FAD_MMA_BLOCK_KV;
     range.split_blocks = (int)min(split_blocks, (int64_t)INT32_MAX);
     range.split = seen.lo / p.split_size - first_split;
-    range.to_split_end = (int)min(split_blocks - range.first / FAD_BLOCK_KV % split_blocks, (int64_t)INT32_MAX);
+    range.to_split_end = (int)min(split_blocks - range.first / FAD_MMA_BLOCK_KV % split_blocks, (int64_t)INT32_MAX);
     return range;
 }
 
