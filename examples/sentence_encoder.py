@@ -45,7 +45,7 @@ from flash_attn_det.integrations.huggingface import deterministic_attention, det
 EMBEDDING_TOLERANCE = 1e-5
 MAX_TOKENS = 256  # what this model was made for
 PASSAGES = 4  # among the texts: passages of MAX_TOKENS, so that several blocks of keys are folded
-SPLIT_SIZES = (None, 64)  # the default, and the smallest, which folds most often
+SPLIT_SIZES = (None, 128)  # the default, and the smallest, which folds most often
 
 
 def real_texts(count):

@@ -8,14 +8,14 @@ from . import _library
 from ._version import __version__
 
 _CONSTANTS = _library.read_constants()
-_BLOCK_KV = _CONSTANTS["BLOCK_KV"]
+_SPLIT_UNIT = _CONSTANTS["MMA_BLOCK_KV"]  # N3: the larger block, whatever the family of a call
 
 
 def _checked(value: int, source: str = "split_size") -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{source} must be an int, got {type(value).__name__}")
-    if value <= 0 or value % _BLOCK_KV != 0:
-        raise ValueError(f"{source} is {value}, expected a positive multiple of {_BLOCK_KV}")
+    if value <= 0 or value % _SPLIT_UNIT != 0:
+        raise ValueError(f"{source} is {value}, expected a positive multiple of {_SPLIT_UNIT}")
     return value
 
 
@@ -27,7 +27,7 @@ def _from_environment() -> int:
     try:
         value = int(text)
     except ValueError:
-        raise ValueError(f"{name} is {text!r}, expected a positive multiple of {_BLOCK_KV}") from None
+        raise ValueError(f"{name} is {text!r}, expected a positive multiple of {_SPLIT_UNIT}") from None
     return _checked(value, name)
 
 
@@ -49,9 +49,10 @@ def get_split_size() -> int:
 def set_split_size(n: int) -> None:
     """Set the split size of the whole process, for every thread that is not inside a `split_size` block.
 
-    n: keys per split, a positive multiple of BLOCK_KV (64). It is static configuration: another value gives other bits
-    (clause N3), so set it once, before work starts; to use several values at once, pass split_size to the call or use
-    the `split_size` block. Every call reads the value exactly once. Compiled functions notice a change and recompile.
+    n: keys per split, a positive multiple of MMA_BLOCK_KV (128). It is static configuration: another value gives other
+    bits (clause N3), so set it once, before work starts; to use several values at once, pass split_size to the call or
+    use the `split_size` block. Every call reads the value exactly once. Compiled functions notice a change and
+    recompile.
     Raises TypeError, ValueError.
     """
     global _process_value
@@ -63,7 +64,7 @@ class split_size:
 
     Blocks nest; other threads do not see them. Two coroutines of one thread that take turns inside blocks do share
     them, as they share torch.no_grad(): pass split_size to the call there.
-    Raises TypeError or ValueError if n is not a positive multiple of BLOCK_KV (64).
+    Raises TypeError or ValueError if n is not a positive multiple of MMA_BLOCK_KV (128).
     """
 
     def __init__(self, n: int):

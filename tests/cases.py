@@ -65,7 +65,7 @@ class Case:
     dtype: str = "fp32"
     B: int = 2
     Sq: int = 11
-    Sk: int = 211
+    Sk: int = 422
     Hq: int = 4
     Hk: int = 2
     D: int = 24
@@ -109,16 +109,16 @@ class Case:
 
 def _variants() -> list[Case]:
     """Every mask and score option by itself and in company, for every dtype."""
-    split = ("split_size", 64)
+    split = ("split_size", 128)
     options: list[dict[str, Any]] = [
         {"name": "plain", "options": (split,)},
         {"name": "one split", "options": (("split_size", 512),)},
         {"name": "causal", "options": (("causal", True), split)},
-        {"name": "window left", "options": (("window", (37, -1)), split)},
+        {"name": "window left", "options": (("window", (74, -1)), split)},
         {"name": "window right", "options": (("window", (-1, 3)), split)},
-        {"name": "window both", "options": (("window", (70, 0)), split)},
+        {"name": "window both", "options": (("window", (140, 0)), split)},
         {"name": "window none", "options": (("window", (0, 0)), split)},
-        {"name": "causal window", "options": (("causal", True), ("window", (100, 50)), split)},
+        {"name": "causal window", "options": (("causal", True), ("window", (200, 50)), split)},
         {"name": "softcap", "options": (("softcap", 2.5), split), "gain": 4.0},
         {"name": "softcap negative scale", "options": (("softcap", 1.5), ("scale", -0.75), split)},
         {"name": "alibi", "alibi": "heads", "options": (split,)},
@@ -132,38 +132,38 @@ def _variants() -> list[Case]:
         {"name": "lengths causal sinks", "B": 5, "lengths": "q k", "sinks": True, "options": (("causal", True), split)},
         {"name": "left padding", "B": 4, "lengths": "pad", "options": (("causal", True), split)},
         {"name": "left padding and lengths", "B": 5, "lengths": "pad q k", "options": (("window", (9, 9)), split)},
-        {"name": "first position", "B": 3, "lengths": "pos", "options": (("causal", True), ("split_size", 128))},
+        {"name": "first position", "B": 3, "lengths": "pos", "options": (("causal", True), ("split_size", 256))},
         {
             "name": "everything",
             "B": 5,
             "lengths": "pad q k pos",
             "alibi": "batch",
             "sinks": True,
-            "options": (("causal", True), ("window", (90, -1)), ("softcap", 4.0), ("scale", 0.5), split),
+            "options": (("causal", True), ("window", (180, -1)), ("softcap", 4.0), ("scale", 0.5), split),
         },
     ]
     return [Case(**{**o, "name": f"{o['name']} {dtype}", "dtype": dtype}) for o in options for dtype in DTYPES]
 
 
 def _shapes() -> list[Case]:
-    split = (("split_size", 128),)
+    split = (("split_size", 256),)
     causal = (*split, ("causal", True))
     cases = []
     for i, D in enumerate(HEAD_DIMS):
         Dv = HEAD_DIMS[(5 * i + 3) % len(HEAD_DIMS)]
         for dtype in DTYPES:
-            cases.append(Case(f"D {D} Dv {Dv} {dtype}", dtype, B=1, Sq=5, Sk=130, D=D, Dv=Dv, options=causal))
+            cases.append(Case(f"D {D} Dv {Dv} {dtype}", dtype, B=1, Sq=5, Sk=260, D=D, Dv=Dv, options=causal))
     for Sk in LENGTHS:
         for Sq in (0, 1, 3, 70):
             dtype = ("fp32", "bf16", "fp16")[(Sk + Sq) % 3]
             cases.append(Case(f"Sq {Sq} Sk {Sk}", dtype, B=1, Sq=Sq, Sk=Sk, D=20, Dv=20, options=causal))
     for Hq, Hk in ((1, 1), (8, 1), (14, 2), (6, 3), (5, 5)):
-        cases.append(Case(f"heads {Hq} {Hk}", B=1, Sq=9, Sk=150, Hq=Hq, Hk=Hk, options=causal))
+        cases.append(Case(f"heads {Hq} {Hk}", B=1, Sq=9, Sk=300, Hq=Hq, Hk=Hk, options=causal))
     cases.append(Case("no batch", B=0))
     cases.append(Case("no rows", Sq=0))
     cases.append(Case("no keys", Sk=0))
     cases.append(Case("no keys but sinks", Sk=0, sinks=True))
-    cases.append(Case("many rows", B=1, Sq=300, Sk=300, Hq=2, Hk=1, D=16, Dv=16, options=causal))
+    cases.append(Case("many rows", B=1, Sq=300, Sk=600, Hq=2, Hk=1, D=16, Dv=16, options=causal))
     return cases
 
 
@@ -176,11 +176,11 @@ def _large() -> list[Case]:
         {"name": "causal", "options": (("causal", True),)},
         {"name": "causal D 64", "B": 1, "Sq": 1300, "Hq": 8, "Hk": 1, "D": 64, "options": (("causal", True),)},
         {"name": "D 96 Dv 80", "D": 96, "Dv": 80},
-        {"name": "D 192 Dv 128", "D": 192, "Dv": 128, "options": (("causal", True), ("split_size", 192))},
+        {"name": "D 192 Dv 128", "D": 192, "Dv": 128, "options": (("causal", True), ("split_size", 384))},
         {"name": "D 256", "B": 1, "D": 256, "Dv": 256, "options": (("causal", True),)},
-        {"name": "D 72 Dv 200", "D": 72, "Dv": 200, "options": (("split_size", 320),)},
+        {"name": "D 72 Dv 200", "D": 72, "Dv": 200, "options": (("split_size", 640),)},
         {"name": "group of 7", "B": 1, "Sq": 150, "Hq": 14, "D": 64, "options": (("causal", True),)},
-        {"name": "window", "D": 64, "options": (("window", (300, 200)), ("split_size", 192))},
+        {"name": "window", "D": 64, "options": (("window", (300, 200)), ("split_size", 384))},
         {"name": "causal window", "options": (("causal", True), ("window", (500, -1)))},
         {"name": "softcap", "options": (("causal", True), ("softcap", 5.0)), "gain": 4.0},
         {"name": "alibi", "D": 64, "alibi": "batch", "options": (("causal", True),)},

@@ -13,6 +13,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU (compute capability 9.0)")
 
+# Two blocks of the mma family, and short enough that small shapes have several.
+SPLIT = 2 * fad.contract()["MMA_BLOCK_KV"]
+
 every_16_bit_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 
 
@@ -36,12 +39,12 @@ def int32(*values):
 
 
 def attention(*qkv, **keywords):
-    """out and lse of the device's family; splits short enough that small shapes have several."""
-    return fad.attn(*qkv, **{"split_size": 128, "return_lse": True, **keywords})
+    """out and lse of the device's family."""
+    return fad.attn(*qkv, **{"split_size": SPLIT, "return_lse": True, **keywords})
 
 
 def packed(*arguments, **keywords):
-    return fad.attn_varlen(*arguments, **{"split_size": 128, "return_lse": True, **keywords})
+    return fad.attn_varlen(*arguments, **{"split_size": SPLIT, "return_lse": True, **keywords})
 
 
 def rows(result, first, end):
@@ -71,7 +74,7 @@ def assert_noticed(*qkv, **keywords):
 
     Of 16-bit results few elements show it, about one in ten of lse: give it some hundred rows and heads.
     """
-    assert differing(attention(*qkv, **keywords), attention(*qkv, **{**keywords, "split_size": 64})) > 0
+    assert differing(attention(*qkv, **keywords), attention(*qkv, **{**keywords, "split_size": SPLIT // 2})) > 0
 
 
 @contextmanager

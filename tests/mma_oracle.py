@@ -16,6 +16,7 @@ import torch
 from flash_attn_det import Partials, contract, merge_partials, reference
 
 STEP = 16  # products of one matrix instruction
+BLOCK = contract()["MMA_BLOCK_KV"]  # N3
 FRACTION = 25  # bits that a step keeps below its largest exponent
 LOWEST_EXPONENT = {torch.float16: -14, torch.bfloat16: -126, torch.float32: -126}
 _FP32 = reference._FP32
@@ -106,19 +107,19 @@ def _scores(seq: reference._Sequence) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def lane_sums(p: torch.Tensor) -> torch.Tensor:
-    """N7: b_t of one block. p [..., 64] in fp32, of rounded values -> [..., 4]."""
-    pairs = p.unflatten(-1, (8, 4, 2))  # key 8 i + 2 t + e
+    """N7: b_t of one block. p [..., 128] in fp32, of rounded values -> [..., 4]."""
+    pairs = p.unflatten(-1, (16, 4, 2))  # key 8 i + 2 t + e
     b = torch.zeros_like(pairs[..., 0, :, 0])
-    for i in range(8):
+    for i in range(16):
         b = b + (pairs[..., i, :, 0] + pairs[..., i, :, 1])
     return b
 
 
 def _in_block(x: torch.Tensor, keys: range, block: int) -> torch.Tensor:
-    """Positions block .. block + 63 of x [..., n_k], zero where there is no such key; keys: positions of all keys."""
-    first, end = max(block, keys.start), min(block + contract()["BLOCK_KV"], keys.stop)
+    """Positions block .. block + 127 of x [..., n_k], zero where there is no such key; keys: positions of all keys."""
+    first, end = max(block, keys.start), min(block + BLOCK, keys.stop)
     part = x[..., first - keys.start : end - keys.start]
-    return torch.nn.functional.pad(part, (first - block, block + contract()["BLOCK_KV"] - end))
+    return torch.nn.functional.pad(part, (first - block, block + BLOCK - end))
 
 
 def _split(seq: reference._Sequence, x: torch.Tensor, c: torch.Tensor, first: int, exp2: Exp2) -> tuple:
@@ -128,8 +129,8 @@ def _split(seq: reference._Sequence, x: torch.Tensor, c: torch.Tensor, first: in
     keys = range(seq.first_key, seq.first_key + len(seq.k))
     m = torch.full(x.shape[:2], _FP32.sentinel)
     o, lanes = torch.zeros(*x.shape[:2], v.shape[1]), torch.zeros(*x.shape[:2], 4)
-    for block in range(first, min(first + seq.split_size, keys.stop), contract()["BLOCK_KV"]):
-        if block + contract()["BLOCK_KV"] <= keys.start:
+    for block in range(first, min(first + seq.split_size, keys.stop), BLOCK):
+        if block + BLOCK <= keys.start:
             continue
         x_block = _in_block(x, keys, block)
         seen = _in_block(visible, keys, block)

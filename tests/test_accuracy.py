@@ -42,13 +42,15 @@ def with_both_layouts(*qkv, **keywords):
 
 @pytest.mark.parametrize("Sk", [100, 5000])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_error_is_no_larger_than_twice_that_of_torch(dtype, Sk):
+@pytest.mark.parametrize(("split_size", "times"), [(512, 2), (2048, 2.5)])
+def test_error_is_no_larger_than_a_few_times_that_of_torch(dtype, Sk, split_size, times):
+    """A split is one chain of sums, and its error grows with it: in fp32, 1.3 times torch's at 512, 2.3 at 2048."""
     qkv = tensors(Sk=Sk, dtype=DTYPES[dtype])
     exact = attn_oracle(*qkv)
-    largest, rms = errors(fad.attn(*qkv), exact)
+    largest, rms = errors(fad.attn(*qkv, split_size=split_size), exact)
     torch_largest, torch_rms = errors(sdpa(*qkv), exact)
-    assert rms <= 2 * torch_rms
-    assert largest <= 3 * torch_largest
+    assert rms <= times * torch_rms
+    assert largest <= 1.5 * times * torch_largest
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -82,9 +84,9 @@ def test_n6_large_logits(dtype, gain):
 @pytest.mark.parametrize("size", [50.0, 1e4, 1e7, 1e12, 1e30])
 def test_n6_all_scores_hugely_negative(dtype, size):
     q = torch.full((1, 2, 2, 1), size, dtype=DTYPES[dtype])
-    k = torch.full((1, 200, 1, 1), -1.0, dtype=DTYPES[dtype])
-    v = normal((1, 200, 1, 32), 4, DTYPES[dtype])
-    out, lse = with_both_layouts(q, k, v, split_size=64)
+    k = torch.full((1, 400, 1, 1), -1.0, dtype=DTYPES[dtype])
+    v = normal((1, 400, 1, 32), 4, DTYPES[dtype])
+    out, lse = with_both_layouts(q, k, v, split_size=128)
     exact, exact_lse = attn_oracle(q, k, v, return_lse=True)
     tolerance = 4 * EPSILON[dtype]
     torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
@@ -146,5 +148,5 @@ def test_n9_no_negative_zero():
 def test_n8_error_does_not_grow_with_the_number_of_splits():
     qkv = tensors(Sq=2, Sk=8192, D=32)
     exact = attn_oracle(*qkv)
-    many, one = (errors(fad.attn(*qkv, split_size=size), exact)[1] for size in (64, 8192))
+    many, one = (errors(fad.attn(*qkv, split_size=size), exact)[1] for size in (128, 8192))
     assert many <= 1.5 * one

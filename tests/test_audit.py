@@ -71,8 +71,8 @@ def packed(lengths_q, lengths_k, dtype, unused=0):
 )
 def test_n1_packed_rows_are_computed_from_what_they_see(options, dtype):
     for arithmetic in ("fma",) if dtype == "fp32" else ("fma", *EMULATED):
-        qkv, cu_seqlens = packed((5, 0, 70, 1), (130, 2, 70, 200), dtype, unused=3)
-        keywords = dict(options, split_size=64, arithmetic=arithmetic)
+        qkv, cu_seqlens = packed((5, 0, 70, 1), (260, 2, 140, 400), dtype, unused=3)
+        keywords = dict(options, split_size=128, arithmetic=arithmetic)
         out, lse = fad.attn_varlen(*qkv, *cu_seqlens, **keywords, return_lse=True)
         places = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens))
         report = fad.audit(*qkv, out, lse, **places, **keywords, rows=ALL)
@@ -84,9 +84,9 @@ def test_n1_packed_rows_are_computed_from_what_they_see(options, dtype):
 def test_n1_other_batches_and_schedules_pass(dtype):
     """The result comes from one call a sequence, cut and scheduled otherwise; the audit is of the batch."""
     q, k, v = (
-        normal((5, rows, heads, 32), i, DTYPES[dtype]) for i, (rows, heads) in enumerate([(9, 4), (300, 2), (300, 2)])
+        normal((5, rows, heads, 32), i, DTYPES[dtype]) for i, (rows, heads) in enumerate([(9, 4), (600, 2), (600, 2)])
     )
-    options = {"causal": True, "split_size": 128, "arithmetic": "mma_sm90"}
+    options = {"causal": True, "split_size": 256, "arithmetic": "mma_sm90"}
     for tile_rows, split_parallel in ((1, True), (7, False)):
         with _schedule.forced(tile_rows=tile_rows, split_parallel=split_parallel):
             parts = [fad.attn(q[b : b + 1], k[b : b + 1], v[b : b + 1], return_lse=True, **options) for b in range(5)]
@@ -135,9 +135,9 @@ def flipped(x, index, bit=0):
 def call(request):
     dtype, arithmetic = request.param
     qkv = [
-        normal((2, rows, heads, 24), i, DTYPES[dtype]) for i, (rows, heads) in enumerate([(20, 4), (150, 2), (150, 2)])
+        normal((2, rows, heads, 24), i, DTYPES[dtype]) for i, (rows, heads) in enumerate([(20, 4), (300, 2), (300, 2)])
     ]
-    return computed(qkv, dict(causal=True, split_size=64, arithmetic=arithmetic))
+    return computed(qkv, dict(causal=True, split_size=128, arithmetic=arithmetic))
 
 
 @pytest.mark.parametrize(
@@ -165,12 +165,12 @@ def test_a_flipped_bit_is_named(call, which, index, text):
 def test_a_flipped_bit_of_the_inputs_is_found(call, which):
     """As if a GPU had read something else. What notices of k and v: causal rows from the key on, of one group."""
     arguments, options = list(call[0]), call[1]
-    index = (1, 7, 2, 5) if which == 0 else (1, 140, 1, 5)
+    index = (1, 7, 2, 5) if which == 0 else (1, 290, 1, 5)
     arguments[which] = flipped(arguments[which], index, 8 * arguments[which].element_size() - 1)  # the sign
     report = fad.audit(*arguments, **options, rows=ALL)
     assert not report.ok
     assert report.first.coordinate[0] == 1
-    noticing = 1 if which == 0 else 2 * sum(130 + i >= 140 for i in range(20))
+    noticing = 1 if which == 0 else 2 * sum(280 + i >= 290 for i in range(20))
     assert 0.8 * noticing <= report.differing_rows <= noticing
 
 
@@ -185,7 +185,7 @@ def test_a_flipped_bit_is_found_at_the_rate_of_the_sample(call):
 def test_another_arithmetic_differs(call):
     """The control of all that passes: what is computed here depends on the family and on the splits."""
     arguments, options = call
-    other = {"fma": {"split_size": 128}}.get(options["arithmetic"], {"arithmetic": "fma"})
+    other = {"fma": {"split_size": 256}}.get(options["arithmetic"], {"arithmetic": "fma"})
     assert not fad.audit(*arguments, **options | other).ok
 
 
@@ -218,7 +218,7 @@ OUT = fad.attn(X, X, X)
         (ValueError, r"v \[1, 3, 2, 8\] are not those of one call", {"k": X.expand(2, -1, -1, -1)}),
         (ValueError, r"sinks has shape \[3\], expected \[2\]", {"sinks": torch.ones(3)}),
         (ValueError, "only one of cu_seqlens_q and cu_seqlens_k", {"cu_seqlens_q": torch.zeros(2, dtype=torch.int32)}),
-        (ValueError, "split_size is 65, expected a positive multiple of 64", {"split_size": 65}),
+        (ValueError, "split_size is 129, expected a positive multiple of 128", {"split_size": 129}),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_refused(error, message, change):

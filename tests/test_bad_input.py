@@ -85,11 +85,11 @@ DENSE = [
 
 OPTIONS = [
     # split size
-    (ValueError, "split_size is 0, expected a positive multiple of 64", dict(split_size=0)),
-    (ValueError, "split_size is -64, expected a positive multiple of 64", dict(split_size=-64)),
-    (ValueError, "split_size is 100, expected a positive multiple of 64", dict(split_size=100)),
+    (ValueError, "split_size is 0, expected a positive multiple of 128", dict(split_size=0)),
+    (ValueError, "split_size is -128, expected a positive multiple of 128", dict(split_size=-128)),
+    (ValueError, "split_size is 64, expected a positive multiple of 128", dict(split_size=64)),
     (ValueError, f"split_size is {1 << 50}, expected", dict(split_size=1 << 50)),
-    (TypeError, "split_size must be an int, got float", dict(split_size=64.0)),
+    (TypeError, "split_size must be an int, got float", dict(split_size=128.0)),
     # window
     (ValueError, "left window is -2, expected -1 (unbounded) or 0", dict(window=(-2, 0))),
     (ValueError, "right window is -7, expected -1 (unbounded) or 0", dict(window=(0, -7))),

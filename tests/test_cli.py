@@ -164,12 +164,12 @@ def test_torch_control_computes_the_same_attention(causal: bool):
     lengths = torch.tensor([70, 33, 20], dtype=torch.int32)
     left = 70 - lengths
     for options in ({}, {"window": (9, -1)}, {"seqused_k": lengths}, {"leftpad_k": left}):
-        ours = Ours("fma").attend(q, k, v, causal=causal, **options).out
+        ours = Ours("fma", backends.SPLIT).attend(q, k, v, causal=causal, **options).out
         torchs = Torch().attend(q, k, v, causal=causal, **options).out
         torch.testing.assert_close(ours, torchs, rtol=0, atol=1e-12)
     parts = [[x[b, : lengths[b]] for b in range(3)] for x in (k.repeat_interleave(4, 2), k, v)]
     for ours, torchs in zip(
-        Ours("fma").packed(*parts, causal=False), Torch().packed(*parts, causal=False), strict=True
+        Ours("fma", backends.SPLIT).packed(*parts, causal=False), Torch().packed(*parts, causal=False), strict=True
     ):
         torch.testing.assert_close(ours.out, torchs.out, rtol=0, atol=1e-12)
 
@@ -619,7 +619,7 @@ def test_info_names_versions_and_constants(capsys):
     printed = capsys.readouterr().out
     assert f"flash_attn_det: {fad.__version__}" in printed
     assert f"torch: {torch.__version__}" in printed
-    assert "BLOCK_KV 64" in printed
+    assert "MMA_BLOCK_KV 128" in printed
 
 
 @pytest.mark.parametrize("command", ["verify", "bench"])

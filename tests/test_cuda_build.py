@@ -216,7 +216,7 @@ ASK = """
 #include <stdio.h>
 int main(void) {
     const fad_attn_problem p = {.device = FAD_CUDA, .Hq = 1, .Hk = 1, .D = 8, .Dv = 8, .scale = 1, .window_left = -1,
-                                .window_right = -1, .split_size = 64};
+                                .window_right = -1, .split_size = 128};
     printf("%d %s", fad_attn_check(&p), fad_last_error());
     return 0;
 }

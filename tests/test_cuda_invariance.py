@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import BATCHES, CHUNK_CUTS, GRAPH_BUCKET_BATCHES, NEIGHBOUR, normal
 from cuda_tools import (
+    SPLIT,
     assert_noticed,
     assert_same,
     attention,
@@ -70,7 +71,7 @@ def starts(lengths):
 
 def regrouped_by_batch(q, k, v, **keywords):
     """What peers do: the number of splits follows from how many rows share the machine."""
-    return attention(q, k, v, split_size=64 * max(1, 8 // q.shape[0]), **keywords)
+    return attention(q, k, v, split_size=128 * max(1, 8 // q.shape[0]), **keywords)
 
 
 @every_16_bit_dtype
@@ -85,7 +86,7 @@ def test_n1_batch_splits_and_permutations(dtype, Sq):
 
 @every_16_bit_dtype
 def test_n1_every_batch_size(dtype):
-    qkv = inputs(B=max(BATCHES), Sq=1, Sk=300, D=32, dtype=dtype)
+    qkv = inputs(B=max(BATCHES), Sq=1, Sk=600, D=32, dtype=dtype)
     everything = attention(*qkv)
     for B in BATCHES:
         assert_same(attention(*sequences(qkv, slice(B))), sequences(everything, slice(B)), f"batch {B}")
@@ -93,7 +94,7 @@ def test_n1_every_batch_size(dtype):
 
 
 def test_n1_batch_thresholds_of_graph_buckets():
-    qkv = inputs(B=max(GRAPH_BUCKET_BATCHES), Sq=1, Sk=140, Hq=4, D=16)
+    qkv = inputs(B=max(GRAPH_BUCKET_BATCHES), Sq=1, Sk=280, Hq=4, D=16)
     everything = attention(*qkv)
     for B in GRAPH_BUCKET_BATCHES:
         assert_same(attention(*sequences(qkv, slice(B))), sequences(everything, slice(B)), f"batch {B}")
@@ -132,17 +133,17 @@ def test_n1_neighbour_that_grows_from_9_to_10_rows(dtype):
 
 def test_n1_longest_neighbour_does_not_set_the_splits():
     q, k, v = inputs(B=3, Sq=20, Sk=3000)
-    alone = attention(q[:1], k[:1, :333], v[:1, :333], causal=True)
-    for longest in (333, 334, 640, 3000):
-        padded = attention(q, k[:, :longest], v[:, :longest], causal=True, seqused_k=int32(333, longest, 1).cuda())
+    alone = attention(q[:1], k[:1, :633], v[:1, :633], causal=True)
+    for longest in (633, 634, 1280, 3000):
+        padded = attention(q, k[:, :longest], v[:, :longest], causal=True, seqused_k=int32(633, longest, 1).cuda())
         assert_same(sequences(padded, slice(1)), alone, f"padded, longest {longest}")
-        lengths = [333, longest, 1]
+        lengths = [633, longest, 1]
         flat = [torch.cat([x[b, :n] for b, n in enumerate(lengths)]) for x in (k, v)]
         for q_rows in ([20, 20, 20], [20, 1, 3]):
             flat_q = torch.cat([q[b, :n] for b, n in enumerate(q_rows)])
             out, lse = packed(flat_q, *flat, starts(q_rows), starts(lengths), causal=True)
             assert_same((out[None, :20], lse[None, :, :20]), alone, f"packed, longest {longest}, rows {q_rows}")
-    assert_noticed(q[:1], k[:1, :333], v[:1, :333], causal=True)
+    assert_noticed(q[:1], k[:1, :633], v[:1, :633], causal=True)
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 7, 8, 16, 32])
@@ -175,7 +176,7 @@ def test_n1_every_prefill_row_is_its_decode_row(D, dtype):
     for first in range(0, 5000, 500):
         end = first + 500
         assert_same(decoded(q, k, v, first, end), rows(prefill, first, end), f"rows {first} .. {end - 1}")
-    for n in (1, 2, 63, 64, 65, 127, 128, 129, 511, 512, 513, 4096, 5000):
+    for n in (1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 4096, 5000):
         decode = attention(q[:, n - 1 : n], k[:, :n], v[:, :n], causal=True)
         assert_same(decode, rows(prefill, n - 1, n), f"row {n - 1} from its own keys")
         # One query row: causal hides nothing, but dropping it must not choose another arithmetic.
@@ -289,17 +290,17 @@ def test_n1_cache_capacity_does_not_matter(kernel, Sq):
 def test_n2_rolling_window_cache_is_the_whole_cache(options, kernel):
     options, noticed = moved(options), 0
     for Sq in (1, 40):
-        q, k, v = inputs(B=4, Sq=Sq, Sk=900)
-        keywords = {"causal": True, "window": (190, -1), **options}
+        q, k, v = inputs(B=4, Sq=Sq, Sk=1200)
+        keywords = {"causal": True, "window": (390, -1), **options}
         whole = attention(q, k, v, **keywords)
-        for dropped in (1, 63, 64, 100, 128, 256, 640):
+        for dropped in (1, 63, 64, 100, 128, 256, 768):
             first = torch.full((4,), dropped, dtype=torch.int32, device="cuda")
             with _schedule.forced(**kernel):
                 rolled = attention(q, k[:, dropped:], v[:, dropped:], k_pos=first, **keywords)
             assert_same(rolled, whole, f"{dropped} dropped")
             # without the position of the first key, blocks and splits move unless whole splits were dropped
             moved_bits = differing(attention(q, k[:, dropped:], v[:, dropped:], **keywords), whole)
-            assert dropped % 128 != 0 or moved_bits == 0
+            assert dropped % SPLIT != 0 or moved_bits == 0
             noticed += moved_bits
     assert noticed > 0
 
@@ -316,13 +317,13 @@ def test_n3_a_longer_sequence_does_not_move_earlier_splits():
 
 @every_kernel
 def test_n10_empty_trailing_splits_are_nothing(kernel):
-    q, k, v = inputs(B=2, Sq=100, Sk=200)
+    q, k, v = inputs(B=2, Sq=100, Sk=400)
     alone = attention(q, k, v)
     padded = [torch.cat([x, x.new_full((2, 900, *x.shape[2:]), math.nan)], 1) for x in (k, v)]
-    used = int32(200, 200).cuda()
+    used = int32(400, 400).cuda()
     with _schedule.forced(**kernel):
         assert_same(attention(q, *padded, seqused_k=used), alone)
-    merged = fad.merge_partials(fad.attn_partials(q, *padded, seqused_k=used, split_size=128), return_lse=True)
+    merged = fad.merge_partials(fad.attn_partials(q, *padded, seqused_k=used, split_size=SPLIT), return_lse=True)
     assert_same(merged, alone)
     assert_noticed(q, k, v)
 
@@ -358,7 +359,7 @@ LAYOUTS = {
 @pytest.mark.parametrize(("D", "Dv"), [(64, 64), (128, 128), (72, 40), (33, 65), (5, 3), (256, 100)], ids=str)
 def test_n1_strides_do_not_matter(kernel, D, Dv):
     for Sq in (1, 150):
-        qkv = inputs(B=2, Sq=Sq, Sk=300, D=D, Dv=Dv, dtype=torch.float16)
+        qkv = inputs(B=2, Sq=Sq, Sk=600, D=D, Dv=Dv, dtype=torch.float16)
         expected = attention(*qkv, causal=True)
         for name, layout in LAYOUTS.items():
             with _schedule.forced(**kernel):
@@ -368,7 +369,7 @@ def test_n1_strides_do_not_matter(kernel, D, Dv):
 
 @every_kernel
 def test_n1_expanded_keys_are_repeated_keys(kernel):
-    q, k, v = inputs(B=5, Sq=40, Sk=300)
+    q, k, v = inputs(B=5, Sq=40, Sk=600)
     expanded = [x[:1].expand(5, -1, -1, -1) for x in (k, v)]
     one_head = k[:, :, :1].expand(-1, -1, 2, -1)
     one_key = [x[:, :1].expand_as(x) for x in (k, v)]
@@ -402,7 +403,7 @@ def test_n1_thousand_repeats_beside_matrix_products():
             count += different(attention(*job, causal=True), want)
     torch.cuda.synchronize()
     assert count.item() == 0
-    assert different(attention(*jobs[1], causal=True, split_size=64), expected[1]).item() > 0
+    assert different(attention(*jobs[1], causal=True, split_size=SPLIT // 2), expected[1]).item() > 0
 
 
 def test_n1_two_streams_at_once():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases import CASES, LARGE_CASES, normal
 from cuda_tools import (
+    SPLIT,
     assert_noticed,
     assert_same,
     attention,
@@ -183,7 +184,7 @@ def octaves(j):
 
 
 def every_other_block(j):
-    return torch.where(j // 64 % 2 == 0, 20.0, 1.0)
+    return torch.where(j // 128 % 2 == 0, 20.0, 1.0)
 
 
 UNUSUAL = {
@@ -202,10 +203,10 @@ UNUSUAL = {
 @every_16_bit_dtype
 @pytest.mark.parametrize("unusual", UNUSUAL.values(), ids=UNUSUAL)
 def test_n7_bits_of_the_contract_for_unusual_numbers(dtype, unusual):
-    shape = {"B": 1, "Sq": 40, "Sk": 400, **unusual}
+    shape = {"B": 1, "Sq": 40, "Sk": 800, **unusual}
     change = shape.pop("change", lambda *qkv: qkv)
     qkv = [x.to(dtype) for x in change(*tensors(**shape))]
-    assert_same(attention(*moved(qkv), causal=True), mma_oracle.attn(*qkv, causal=True, split_size=128))
+    assert_same(attention(*moved(qkv), causal=True), mma_oracle.attn(*qkv, causal=True, split_size=SPLIT))
     assert_noticed(*moved(tensors(**{**shape, "Sq": 300}, dtype=dtype)), causal=True)
 
 
@@ -215,9 +216,9 @@ def test_n7_bits_of_the_contract_for_subnormal_keys(dtype):
     """The oracle aligns them with their format's smallest exponent, as others have published of this GPU. Queries that
     are large, of many sizes, make scores of ordinary size of them, whose last bits tell that from normalising first."""
     up, down, scale = {torch.float16: (2.0**13, 2.0**-21, 16.0), torch.bfloat16: (2.0**125, 2.0**-131, 8.0)}[dtype]
-    q, k, v = tensors(B=1, Sq=40, Sk=400)
+    q, k, v = tensors(B=1, Sq=40, Sk=800)
     qkv = [x.to(dtype) for x in (q * 2.0 ** -(torch.arange(64) % 16) * up, k * down, v)]
-    want = mma_oracle.attn(*qkv, causal=True, split_size=128, scale=scale)
+    want = mma_oracle.attn(*qkv, causal=True, split_size=SPLIT, scale=scale)
     assert_same(attention(*moved(qkv), causal=True, scale=scale), want)
 
 
@@ -381,9 +382,9 @@ def test_n6_large_logits(dtype, gain):
 @pytest.mark.parametrize("size", [50.0, 1e4, 6e4])
 def test_n6_all_scores_hugely_negative(dtype, size):
     q = torch.full((1, 2, 2, 16), size, dtype=dtype, device="cuda")
-    k = torch.full((1, 200, 1, 16), -size, dtype=dtype, device="cuda")
-    v = normal((1, 200, 1, 32), 4, dtype).cuda()
-    out, lse = assert_same_in_every_schedule(q, k, v, split_size=64)
+    k = torch.full((1, 400, 1, 16), -size, dtype=dtype, device="cuda")
+    v = normal((1, 400, 1, 32), 4, dtype).cuda()
+    out, lse = assert_same_in_every_schedule(q, k, v, split_size=128)
     exact, exact_lse = attn_oracle(q, k, v, return_lse=True)
     tolerance = 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)

@@ -12,7 +12,7 @@ import torch
 import flash_attn_det as fad
 from flash_attn_det.testing import assert_bits_equal, bits_differ
 
-BLOCK = fad.contract()["BLOCK_KV"]
+BLOCK = fad.contract()["MMA_BLOCK_KV"]  # the smallest split
 DEFAULT = fad.contract()["DEFAULT_SPLIT_SIZE"]
 
 
@@ -32,11 +32,11 @@ def run_python(code: str, **environment) -> subprocess.CompletedProcess:
 
 def test_contract_constants():
     contract = fad.contract()
-    assert {"CONTRACT_VERSION", "BLOCK_KV", "DEFAULT_SPLIT_SIZE", "MAX_HEAD_DIM"} <= contract.keys()
+    assert {"CONTRACT_VERSION", "BLOCK_KV", "MMA_BLOCK_KV", "DEFAULT_SPLIT_SIZE", "MAX_HEAD_DIM"} <= contract.keys()
     assert contract["PACKAGE_VERSION"] == fad.__version__
-    assert contract["DEFAULT_SPLIT_SIZE"] % contract["BLOCK_KV"] == 0
-    contract["BLOCK_KV"] = 1
-    assert fad.contract()["BLOCK_KV"] == BLOCK, "callers get a copy"
+    assert contract["DEFAULT_SPLIT_SIZE"] % BLOCK == BLOCK % contract["BLOCK_KV"] == 0
+    contract["MMA_BLOCK_KV"] = 1
+    assert fad.contract()["MMA_BLOCK_KV"] == BLOCK, "callers get a copy"
 
 
 def test_default():
@@ -48,7 +48,7 @@ def test_environment():
     assert run_python(code, FLASH_ATTN_DET_SPLIT_SIZE="256").stdout.strip() == "256"
 
 
-@pytest.mark.parametrize("text", ["", "many", "0", "-64", "100", "64.0"])
+@pytest.mark.parametrize("text", ["", "many", "0", "-128", "64", "128.0"])
 def test_wrong_environment(text):
     result = run_python("import flash_attn_det", FLASH_ATTN_DET_SPLIT_SIZE=text)
     assert result.returncode != 0
@@ -91,9 +91,9 @@ def test_one_block_object_can_be_entered_inside_itself():
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        (0, ValueError, "split_size is 0, expected a positive multiple of 64"),
-        (-64, ValueError, "split_size is -64, expected a positive multiple of 64"),
-        (100, ValueError, "split_size is 100, expected a positive multiple of 64"),
+        (0, ValueError, "split_size is 0, expected a positive multiple of 128"),
+        (-128, ValueError, "split_size is -128, expected a positive multiple of 128"),
+        (64, ValueError, "split_size is 64, expected a positive multiple of 128"),
         (128.0, TypeError, "split_size must be an int, got float"),
         ("128", TypeError, "split_size must be an int, got str"),
         (True, TypeError, "split_size must be an int, got bool"),
@@ -170,7 +170,7 @@ def test_split_size_changes_bits_and_the_argument_wins():
 
 def test_every_split_size_beyond_the_keys_is_one_split():
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, n, 2, 16) for n in (3, 120, 120))
+    q, k, v = (torch.randn(1, n, 2, 16) for n in (3, 250, 250))
     one = fad.attn(q, k, v, split_size=2 * BLOCK)
     assert_bits_equal(one, fad.attn(q, k, v, split_size=1 << 30))
     assert bits_differ(one, fad.attn(q, k, v, split_size=BLOCK)) > 0

@@ -397,3 +397,4 @@ def test_constants_are_what_python_says(native):
     constants = native.constants()
     assert constants == {name: value for name, value in fad.contract().items() if name in constants}
     assert constants["BLOCK_KV"] == 64
+    assert constants["MMA_BLOCK_KV"] == 128

@@ -90,12 +90,12 @@ def test_fake_results_have_the_real_shape_strides_and_dtype(dtype, device):
         cu = torch.empty(4, dtype=torch.int32)
         fake = (
             *fad.attn(fq, fk, fv, return_lse=True),
-            *fad.attn_partials(fq, fk, fv, split_size=64)[:3],
+            *fad.attn_partials(fq, fk, fv, split_size=128)[:3],
             *fad.attn_varlen(fp, fpk, fpv, cu, cu, return_lse=True),
         )
     real = (
         *fad.attn(q, k, v, return_lse=True),
-        *fad.attn_partials(q, k, v, split_size=64)[:3],
+        *fad.attn_partials(q, k, v, split_size=128)[:3],
         *fad.attn_varlen(*packed(dtype), return_lse=True),
     )
     for f, r in zip(fake, real, strict=True):
@@ -122,7 +122,7 @@ def test_compiled_merge_gives_the_same_bits(dtype):
     q, k, v = dense(dtype)
     v[..., 0] = -0.0
     used = torch.tensor([3, 300], dtype=torch.int32)
-    partials = fad.attn_partials(q, k, v, causal=True, seqused_k=used, split_size=64)
+    partials = fad.attn_partials(q, k, v, causal=True, seqused_k=used, split_size=128)
     compiled = torch.compile(lambda p: fad.merge_partials(p, return_lse=True), fullgraph=True)
     for got, want in zip(compiled(partials), fad.merge_partials(partials, return_lse=True), strict=True):
         assert_bits_equal(got, want)
@@ -141,34 +141,34 @@ def test_compile_with_dynamic_shapes():
 
 def test_compiled_function_follows_the_split_size():
     """A compiled function uses the split size of the moment: process value, block, block of a thread."""
-    q, k, v = dense(keys=600)
-    want = {n: fad.attn(q, k, v, split_size=n) for n in (64, 128, 192, 256, 512)}
-    for n in (64, 128, 192, 256):
-        assert bits_differ(want[n], want[512]) > 0
+    q, k, v = dense(keys=1200)
+    want = {n: fad.attn(q, k, v, split_size=n) for n in (128, 256, 384, 512, 1024)}
+    for n in (128, 256, 384, 512):
+        assert bits_differ(want[n], want[1024]) > 0
     compiled = torch.compile(fad.attn, fullgraph=True)
     in_thread = {}
 
     def thread():
         in_thread["process"] = compiled(q, k, v)
-        with fad.split_size(192):
+        with fad.split_size(384):
             in_thread["block"] = compiled(q, k, v)
 
     before = fad.get_split_size()
     try:
-        fad.set_split_size(512)
-        assert_bits_equal(compiled(q, k, v), want[512])
-        with fad.split_size(64):
-            assert_bits_equal(compiled(q, k, v), want[64])
-        assert_bits_equal(compiled(q, k, v), want[512])
-        fad.set_split_size(128)
-        assert_bits_equal(compiled(q, k, v), want[128])
-        with fad.split_size(256):
+        fad.set_split_size(1024)
+        assert_bits_equal(compiled(q, k, v), want[1024])
+        with fad.split_size(128):
+            assert_bits_equal(compiled(q, k, v), want[128])
+        assert_bits_equal(compiled(q, k, v), want[1024])
+        fad.set_split_size(256)
+        assert_bits_equal(compiled(q, k, v), want[256])
+        with fad.split_size(512):
             worker = threading.Thread(target=thread)
             worker.start()
             worker.join()
-            assert_bits_equal(compiled(q, k, v), want[256])
-        assert_bits_equal(in_thread["process"], want[128])
-        assert_bits_equal(in_thread["block"], want[192])
+            assert_bits_equal(compiled(q, k, v), want[512])
+        assert_bits_equal(in_thread["process"], want[256])
+        assert_bits_equal(in_thread["block"], want[384])
     finally:
         fad.set_split_size(before)
 
@@ -178,12 +178,12 @@ def test_split_size_block_inside_a_compiled_function():
 
     @torch.compile(fullgraph=True)
     def both(q, k, v):
-        with fad.split_size(64):
+        with fad.split_size(128):
             inner = fad.attn(q, k, v)
         return inner, fad.attn(q, k, v)
 
     inner, outer = both(q, k, v)
-    assert_bits_equal(inner, fad.attn(q, k, v, split_size=64))
+    assert_bits_equal(inner, fad.attn(q, k, v, split_size=128))
     assert_bits_equal(outer, fad.attn(q, k, v))
     assert bits_differ(inner, outer) > 0
 

@@ -16,7 +16,7 @@ def compute_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def inputs(dtype, *, batch=2, rows=6, keys=333, heads=4, kv_heads=2, dim=16, value_dim=24, seed=3):
+def inputs(dtype, *, batch=2, rows=6, keys=700, heads=4, kv_heads=2, dim=16, value_dim=24, seed=3):
     torch.manual_seed(seed)
     q = torch.randn(batch, rows, heads, dim, dtype=torch.float64).to(dtype)
     k = torch.randn(batch, keys, kv_heads, dim, dtype=torch.float64).to(dtype)
@@ -43,7 +43,7 @@ FEATURES = {
     "sinks": dict(sinks=torch.tensor([-3.0, 0.0, 4.0, 90.0])),
     "lengths": dict(
         seqused_q=torch.tensor([6, 2], dtype=torch.int32),
-        seqused_k=torch.tensor([0, 150], dtype=torch.int32),
+        seqused_k=torch.tensor([0, 350], dtype=torch.int32),
         leftpad_k=torch.tensor([0, 70], dtype=torch.int32),
         causal=True,
         sinks=torch.tensor([-math.inf, 0.0, 4.0, 90.0]),
@@ -53,7 +53,7 @@ FEATURES = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("split_size", [64, 128, 512])
+@pytest.mark.parametrize("split_size", [128, 256, 1024])
 def test_N8_fused_is_merged(dtype, feature, split_size):
     assert_fused_is_merged(*inputs(dtype), split_size=split_size, **FEATURES[feature])
 
@@ -61,14 +61,14 @@ def test_N8_fused_is_merged(dtype, feature, split_size):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 7, 40, 130])
 def test_N8_fused_is_merged_for_any_number_of_rows(dtype, rows):
-    assert_fused_is_merged(*inputs(dtype, rows=rows, keys=200), split_size=64, causal=True)
+    assert_fused_is_merged(*inputs(dtype, rows=rows, keys=400), split_size=128, causal=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [30.0, 1e4, 1e-6])
 def test_N8_fused_is_merged_for_extreme_scores(dtype, scale):
     """Splits whose references lie so far apart that one is scaled to nothing, or that all carry the same weight."""
-    assert_fused_is_merged(*inputs(dtype), split_size=64, scale=scale)
+    assert_fused_is_merged(*inputs(dtype), split_size=128, scale=scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,7 +77,7 @@ def test_N8_fused_is_merged_for_extreme_scores(dtype, scale):
 def test_N9_N11_fused_is_merged_for_nonfinite_inputs(dtype, poison, where):
     q, k, v = inputs(dtype)
     dict(q=q, k=k, v=v)[where][0, -1, 1, 3] = poison
-    out, lse = assert_fused_is_merged(q, k, v, split_size=64, causal=True)
+    out, lse = assert_fused_is_merged(q, k, v, split_size=128, causal=True)
     bits = out.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[out.element_size()])
     canonical = torch.full((1,), math.nan, dtype=dtype).view(bits.dtype)
     assert (bits[out.isnan()] == canonical).all()
@@ -88,7 +88,7 @@ def test_N9_N11_fused_is_merged_for_nonfinite_inputs(dtype, poison, where):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_N9_minus_zero_becomes_zero(dtype):
     q, k, v = inputs(dtype)
-    out, _ = assert_fused_is_merged(q, k, torch.full_like(v, -0.0), split_size=64)
+    out, _ = assert_fused_is_merged(q, k, torch.full_like(v, -0.0), split_size=128)
     assert_bits_equal(out, torch.zeros_like(out))
 
 
@@ -96,7 +96,7 @@ def test_N9_minus_zero_becomes_zero(dtype):
 @pytest.mark.parametrize(("batch", "rows", "keys"), [(0, 6, 100), (2, 0, 100), (2, 6, 0), (0, 0, 0)])
 @pytest.mark.parametrize("sinks", [None, torch.ones(4)], ids=["plain", "sinks"])
 def test_N10_empty(dtype, batch, rows, keys, sinks):
-    out, lse = assert_fused_is_merged(*inputs(dtype, batch=batch, rows=rows, keys=keys), split_size=64, sinks=sinks)
+    out, lse = assert_fused_is_merged(*inputs(dtype, batch=batch, rows=rows, keys=keys), split_size=128, sinks=sinks)
     assert not out.isnan().any()
     assert_bits_equal(out, torch.zeros_like(out))
     if keys == 0 and sinks is None:
@@ -104,12 +104,12 @@ def test_N10_empty(dtype, batch, rows, keys, sinks):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("keys", "count"), [(0, 0), (1, 1), (64, 1), (65, 2), (128, 2), (333, 6)])
+@pytest.mark.parametrize(("keys", "count"), [(0, 0), (1, 1), (128, 1), (129, 2), (256, 2), (700, 6)])
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_shape_and_dtype_of_partials(dtype, keys, count, with_sinks):
     q, k, v = inputs(dtype, keys=keys)
     sinks = torch.ones(4) if with_sinks else None
-    o, m, l, out_dtype = fad.attn_partials(q, k, v, split_size=64, sinks=sinks)
+    o, m, l, out_dtype = fad.attn_partials(q, k, v, split_size=128, sinks=sinks)
     count += with_sinks
     assert o.shape == (count, 2, 6, 4, 24)
     assert m.shape == l.shape == (count, 2, 4, 6)
@@ -123,10 +123,10 @@ def test_shape_and_dtype_of_partials(dtype, keys, count, with_sinks):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_N3_states_of_unseen_splits_are_the_empty_state(dtype):
     """Splits behind a causal row, rows past seqused_q, and a sequence without keys."""
-    q, k, v = inputs(dtype, rows=6, keys=200)
+    q, k, v = inputs(dtype, rows=6, keys=400)
     sentinel = -(2.0**1022) if dtype == torch.float64 else -(2.0**126)
-    used_q, used_k = (torch.tensor(x, dtype=torch.int32) for x in ([6, 2], [3, 200]))
-    p = fad.attn_partials(q, k, v, causal=True, split_size=64, seqused_q=used_q, seqused_k=used_k)
+    used_q, used_k = (torch.tensor(x, dtype=torch.int32) for x in ([6, 2], [3, 400]))
+    p = fad.attn_partials(q, k, v, causal=True, split_size=128, seqused_q=used_q, seqused_k=used_k)
     unseen = torch.zeros(4, 2, 4, 6, dtype=torch.bool)  # [C, B, Hq, Sq]
     unseen[1:, 0] = True
     unseen[:, 0, :, :3] = True  # 6 rows, 3 keys: the first three rows stand before every key
@@ -140,26 +140,26 @@ def test_N3_states_of_unseen_splits_are_the_empty_state(dtype):
 
 def test_N6_references_are_integers():
     q, k, v = inputs(torch.float32)
-    p = fad.attn_partials(q, k, v, split_size=64)
+    p = fad.attn_partials(q, k, v, split_size=128)
     assert_bits_equal(p.m, p.m.round())
 
 
 def test_partials_of_pieces_are_the_partials_of_the_whole():
     """A state depends on its own keys only, so that splits computed apart can be joined, in order."""
-    q, k, v = inputs(torch.float32, keys=256)
-    whole = fad.attn_partials(q, k, v, split_size=64)
-    first, second = (fad.attn_partials(q, k[:, s], v[:, s], split_size=64) for s in (slice(0, 128), slice(128, 256)))
+    q, k, v = inputs(torch.float32, keys=512)
+    whole = fad.attn_partials(q, k, v, split_size=128)
+    first, second = (fad.attn_partials(q, k[:, s], v[:, s], split_size=128) for s in (slice(0, 256), slice(256, 512)))
     joined = fad.Partials(*(torch.cat([a, b]) for a, b in zip(first[:3], second[:3], strict=True)), torch.float32)
     for got, want in zip(joined[:3], whole[:3], strict=True):
         assert_bits_equal(got, want)
     out = fad.merge_partials(joined)
-    assert_bits_equal(out, fad.attn(q, k, v, split_size=64))
+    assert_bits_equal(out, fad.attn(q, k, v, split_size=128))
     descending = fad.Partials(*(x.flip(0) for x in whole[:3]), torch.float32)
     assert bits_differ(fad.merge_partials(descending), out) > 0
 
 
 def test_merge_refuses_what_does_not_belong_together():
-    p = fad.attn_partials(*inputs(torch.float32), split_size=64)
+    p = fad.attn_partials(*inputs(torch.float32), split_size=128)
     with pytest.raises(ValueError, match=r"partials have o \(6, 2, 6, 4, 24\), m \(5, 2, 4, 6\)"):
         fad.merge_partials(p._replace(m=p.m[:5]))
     with pytest.raises(TypeError, match=r"partials have dtypes torch\.float32, torch\.float64, torch\.float32"):

@@ -19,7 +19,7 @@ def calls(draw, *, lengths=True, special=True):
     dtype = DTYPES[draw(st.sampled_from(list(DTYPES)))]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     B, Hk, group = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    Sq, Sk = draw(st.integers(1, 40)), draw(st.integers(0, 300))
+    Sq, Sk = draw(st.integers(1, 40)), draw(st.integers(0, 500))
     D, Dv, Hq = draw(st.integers(1, 20)), draw(st.integers(1, 36)), Hk * group
     seed = draw(st.integers(0, 1 << 20))
     gain = draw(st.sampled_from([1.0, 1.0, 1e-3, 30.0] if dtype == torch.float16 else [1.0, 1.0, 1e3, 1e8, 1e-30]))
@@ -29,7 +29,7 @@ def calls(draw, *, lengths=True, special=True):
     keywords = {
         "causal": draw(st.booleans()),
         "window": draw(st.tuples(side, side)),
-        "split_size": draw(st.sampled_from([64, 128, 192, 512])),
+        "split_size": draw(st.sampled_from([128, 256, 384, 640])),
     }
     if draw(st.booleans()):
         keywords["scale"] = draw(st.sampled_from([1.0, 0.3, -0.7, 0.0, 1e-4]))

@@ -58,8 +58,10 @@ static fad_status check_options(const fad_attn_problem *p) {
             "left window is %lld, expected -1 (unbounded) or 0 to 2^40", LL(p->window_left));
     REQUIRE(p->window_right >= -1 && p->window_right <= max_extent,
             "right window is %lld, expected -1 (unbounded) or 0 to 2^40", LL(p->window_right));
-    REQUIRE(p->split_size > 0 && p->split_size % FAD_BLOCK_KV == 0 && p->split_size <= max_extent,
-            "split_size is %lld, expected a positive multiple of %d", LL(p->split_size), FAD_BLOCK_KV);
+    /* N3: the larger block counts for both families, so that the family does not decide which sizes are valid. */
+    _Static_assert(FAD_MMA_BLOCK_KV % FAD_BLOCK_KV == 0, "a split is whole blocks of either family");
+    REQUIRE(p->split_size > 0 && p->split_size % FAD_MMA_BLOCK_KV == 0 && p->split_size <= max_extent,
+            "split_size is %lld, expected a positive multiple of %d", LL(p->split_size), FAD_MMA_BLOCK_KV);
     REQUIRE(!p->alibi_slopes || p->cu_seqlens_q || (p->Sk < FAD_MAX_ALIBI_KEYS && p->Sq < FAD_MAX_ALIBI_KEYS),
             "ALiBi with %lld keys and %lld query rows: expected fewer than %d of each", LL(p->Sk), LL(p->Sq),
             FAD_MAX_ALIBI_KEYS);

@@ -2,7 +2,7 @@
  * and meant to be read; mma_block.inc is the same with vectors, and must give the same bits. */
 #include "kernel.h"
 
-enum { BLOCK = FAD_BLOCK_KV, STEP = 16, LANES = 4 };
+enum { BLOCK = FAD_MMA_BLOCK_KV, STEP = 16, LANES = 4 };
 
 /* One query row. */
 typedef struct row {

@@ -28,16 +28,18 @@ size_t lay_out_partials(const fad_attn_problem *p, int64_t n_splits, char *base,
 
 /* A thread block for each row of out, a thread for each of its values. */
 static fad_status run_rows(const fad_attn_problem *p, void (*kernel)(fad_attn_problem, fad_partials),
-                           const fad_partials &partials, void *stream) {
-    return launch(kernel, tile_bound(*p, 1), (int)(p->Dv + 31) / 32 * 32, 0, stream, *p, partials);
+                           const fad_partials &partials, void *stream, LaunchOptions options) {
+    return launch(kernel, tile_bound(*p, 1), (int)(p->Dv + 31) / 32 * 32, 0, stream, options, *p, partials);
 }
 
 fad_status fold_partials(const fad_attn_problem *p, const fad_partials &partials, void *stream) {
-    return run_rows(p, fold_splits, partials, stream);
+    Device device;
+    TRY(get_device(&device));
+    return run_rows(p, fold_splits, partials, stream, {0, device.compute >= 90});
 }
 
 fad_status store_sink_states(const fad_attn_problem *p, const fad_partials &partials, void *stream) {
-    return run_rows(p, store_sinks, partials, stream);
+    return run_rows(p, store_sinks, partials, stream, {});
 }
 
 static fad_status select_family(const fad_attn_problem *p, const fad_backend **family) {

@@ -74,7 +74,7 @@ static fad_status workspace(const fad_attn_problem *p, int32_t, size_t *bytes) {
 
 static fad_status run_splits(const fad_attn_problem *p, const Plan &plan, const fad_partials &partials,
                              int64_t n_splits, void *stream) {
-    return launch(plan.kernel->split, plan.n_tiles * n_splits, THREADS, plan.shared_bytes, stream, *p, partials,
+    return launch(plan.kernel->split, plan.n_tiles * n_splits, THREADS, plan.shared_bytes, stream, {}, *p, partials,
                   plan.n_tiles);
 }
 
@@ -83,7 +83,7 @@ static fad_status forward(const fad_attn_problem *p, const fad_runtime *runtime)
     fad_partials partials;
     TRY(make_plan(p, &plan));
     if (!plan.spill)
-        return launch(plan.kernel->prefill, plan.n_tiles, THREADS, plan.shared_bytes, runtime->stream, *p,
+        return launch(plan.kernel->prefill, plan.n_tiles, THREADS, plan.shared_bytes, runtime->stream, {}, *p,
                       running_bytes(p, plan) ? (float *)runtime->workspace : (float *)nullptr);
     lay_out_partials(p, plan.n_splits, (char *)runtime->workspace, &partials);
     TRY(run_splits(p, plan, partials, plan.n_splits, runtime->stream));

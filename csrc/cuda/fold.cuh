@@ -3,6 +3,7 @@
 #define FAD_CUDA_FOLD_CUH
 
 #include "output.cuh"
+#include "ptx.cuh"
 
 /* The row that a thread block works on: the number of a tile of one row. */
 static __device__ const Tile &share_row(const fad_attn_problem &p, Tile &shared) {
@@ -18,6 +19,7 @@ static __global__ void fold_splits(const __grid_constant__ fad_attn_problem p, c
     const Tile &t = share_row(p, shared);
     if (!t.exists)
         return;
+    wait_for_last_kernel(); /* the states are there */
     const int d = threadIdx.x < p.Dv ? threadIdx.x : 0;
     const float *part_m = (const float *)partials.m + partial_row(p, t, 0, 0),
                 *part_l = (const float *)partials.l + partial_row(p, t, 0, 0),

@@ -1,5 +1,5 @@
-/* Hopper's own instructions, one a function: barriers in shared memory, the copy engine (TMA), matrix instructions of a
- * warpgroup (wgmma), registers. Compute capability 9.0a. */
+/* Hopper's own instructions, one a function: the copy engine (TMA), clusters, matrix instructions of a warpgroup (wgmma),
+ * registers. Compute capability 9.0a. */
 #ifndef FAD_CUDA_HOPPER_PTX_CUH
 #define FAD_CUDA_HOPPER_PTX_CUH
 
@@ -7,32 +7,13 @@
 
 #include <cuda.h>
 
-/* A barrier in shared memory. Its phase completes when `count` arrivals and all expected bytes are there. */
-typedef uint64_t MemoryBarrier;
-
-static __device__ __forceinline__ void barrier_init(MemoryBarrier &barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(count) : "memory");
-}
-/* Makes initialised barriers known to the copy engine. */
+/* Makes initialised barriers known to the copy engine and to the cluster. */
 static __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-static __device__ __forceinline__ void barrier_arrive(MemoryBarrier &barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
-}
+/* The phase completes when all expected bytes are there as well. */
 static __device__ __forceinline__ void barrier_arrive_expect(MemoryBarrier &barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
-                 : "memory");
-}
-/* Waits until the phase of this parity has completed; the phase before the first counts as one of parity 1. */
-static __device__ __forceinline__ void barrier_wait(MemoryBarrier &barrier, unsigned parity) {
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;\n"
-                 "}" ::"r"(shared_address(&barrier)),
-                 "r"(parity)
                  : "memory");
 }
 /* Whether it has completed; waits a little. */
@@ -62,10 +43,6 @@ static __device__ __forceinline__ void copy_box(void *to, const CUtensorMap &map
                  : "memory");
 }
 
-/* A barrier of some warps; id 0 is __syncthreads. */
-static __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 static __device__ __forceinline__ bool named_barrier_or(int id, int threads, bool value) {
     unsigned any;
     asm volatile("{\n"
@@ -78,6 +55,40 @@ static __device__ __forceinline__ bool named_barrier_or(int id, int threads, boo
                  : "r"((unsigned)value), "r"(id), "r"(threads)
                  : "memory");
     return any;
+}
+
+/* Thread blocks of a cluster: how many, and which one this is. */
+static __device__ __forceinline__ int cluster_size() {
+    int size;
+    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+    return size;
+}
+static __device__ __forceinline__ int cluster_rank() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+/* Every thread of the cluster. */
+static __device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+/* Where the same place lies in the shared memory of another thread block of the cluster. */
+static __device__ __forceinline__ unsigned address_in(const void *mine, int rank) {
+    unsigned address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
+    return address;
+}
+/* Starts a store there; its bytes arrive at a barrier of that thread block. */
+static __device__ __forceinline__ void store_in(unsigned address, float x, unsigned barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
+                 "r"(__float_as_uint(x)), "r"(barrier)
+                 : "memory");
+}
+static __device__ __forceinline__ void store_in(unsigned address, uint4 x, unsigned barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                     address),
+                 "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
+                 : "memory");
 }
 
 template <int REGISTERS> static __device__ __forceinline__ void give_registers() {

@@ -58,16 +58,6 @@ template <class S> struct HopperShared {
     MemoryBarrier q_full[S::Q_BUFFERS], q_empty[S::Q_BUFFERS], item_full[ITEMS], item_empty[ITEMS];
 };
 
-/* A position in a ring of buffers, and how often it has gone round. */
-struct Ring {
-    int index = 0;
-    unsigned round = 0;
-    template <int SIZE> __device__ __forceinline__ void advance() {
-        if (++index == SIZE)
-            index = 0, round ^= 1;
-    }
-};
-
 template <class S> static __device__ void init_barriers(HopperShared<S> &sm) {
     constexpr int CONSUMING_WARPS = S::CONSUMERS * GROUP_WARPS;
     for (int i = 0; i < S::SLOTS; i++) {
@@ -530,8 +520,9 @@ __global__ void __launch_bounds__(S::THREADS, 1)
 }
 
 template <class S> static HopperKernel hopper_kernel_of() {
-    return {{S::ROWS, S::D, S::THREADS, sizeof(HopperShared<S>),
+    return {{S::ROWS, S::D, S::THREADS, 0, sizeof(HopperShared<S>),
              S::REST_IN_SHARED ? 0 : S::CONSUMERS * S::N * GROUP_THREADS * sizeof(float4), nullptr},
+            BLOCK_KEYS,
             hopper_tile_kernel<S>};
 }
 

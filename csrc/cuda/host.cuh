@@ -21,17 +21,33 @@ struct Device {
 };
 fad_status get_device(Device *device);
 
+struct LaunchOptions {
+    int cluster;          /* thread blocks of a cluster; 0: none */
+    bool before_last_ends; /* may start before the kernel before it has ended, because it waits for it itself */
+};
+
 template <class... Args>
 static fad_status launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t shared, void *stream,
-                         Args... args) {
+                         LaunchOptions options, Args... args) {
     if (blocks == 0)
         return FAD_OK;
     if (blocks > INT32_MAX)
         return fad_core->fail(FAD_UNSUPPORTED, "the call needs %lld thread blocks, a launch holds %d",
                               (long long)blocks, INT32_MAX);
     TRY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    kernel<<<(unsigned)blocks, threads, shared, (cudaStream_t)stream>>>(args...);
-    return cuda_status(cudaGetLastError(), "kernel launch");
+    cudaLaunchAttribute attributes[2];
+    cudaLaunchConfig_t config = {(unsigned)blocks, (unsigned)threads, shared, (cudaStream_t)stream, attributes, 0};
+    if (options.cluster) {
+        cudaLaunchAttribute &attribute = attributes[config.numAttrs++];
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim = {(unsigned)options.cluster, 1, 1};
+    }
+    if (options.before_last_ends) {
+        cudaLaunchAttribute &attribute = attributes[config.numAttrs++];
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
+    return cuda_status(cudaLaunchKernelEx(&config, kernel, args...), "kernel launch");
 }
 
 /* Splits that the keys of a sequence can touch. */

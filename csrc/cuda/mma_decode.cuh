@@ -1,372 +1,702 @@
-/* The split-KV kernel of the mma family for few query rows: 16 packed rows a thread block.
+/* The split-KV kernel of the mma family for few query rows: 16 * MT packed rows.
  *
- * A chunk of up to four blocks of 64 keys is computed in two phases. Scores and probabilities: one or two warps take a
- * block. Values: each warp takes a slice of the value dims over all keys of the chunk. Because references are integers, those
- * of all blocks of a chunk can be found at once in between (N6), so that few barriers a chunk are enough. Every warp
- * copies exactly what it reads itself, rows of K and its slice of V, through a ring of its own: the stream from memory
- * does not wait for other warps. Loops are not unrolled more than needed: a split is short, and code that runs once is
- * fetched at the speed of memory. */
+ * A range of keys is walked in chunks. Of each, a team of thread blocks computes S, every warp for some keys; then P,
+ * as soon as all maxima are known, because references are integers and those of all blocks of a chunk can be found at
+ * once (N6); then O, every warp for some value dims over all keys. A team is one thread block or, where there is little
+ * to do, a cluster that shares keys and value dims and exchanges maxima and P: more multiprocessors work on one split
+ * than its chain over keys (N7) would keep busy. In between there is one barrier a chunk: while O meets a chunk, P of the
+ * next one is made, and S of the one after that. A warp of its own keeps K and V coming, by the copy engine or without. */
 #ifndef FAD_CUDA_MMA_DECODE_CUH
 #define FAD_CUDA_MMA_DECODE_CUH
 
+#include "hopper_ptx.cuh"
 #include "mma_kernel.cuh"
 #include "mma_output.cuh"
 #include "mma_values.cuh"
 #include "work.cuh"
 
-template <fad_dtype T_, int D_, int WARPS_, int STAGES_, int RESIDENT_> struct MmaDecodeShape {
+constexpr int UNIT_KEYS = 16, BLOCK_UNITS = BLOCK_KEYS / UNIT_KEYS; /* a unit: the keys of one step */
+constexpr int SLOT_KEYS = 64;                                       /* keys of K in a slot */
+constexpr int DECODE_WARPS = 8, DECODE_CONSUMERS = DECODE_WARPS * 32, DECODE_THREADS = DECODE_CONSUMERS + 32;
+constexpr int SUMMING_WARP = DECODE_WARPS - 1; /* the one that sums P */
+
+template <fad_dtype T_, int D_, int MT_, int CHUNK_BLOCKS_, int SLOTS_, bool ENGINE_> struct MmaDecodeShape {
     static constexpr fad_dtype T = T_;
-    static constexpr int D = D_, STAGES = STAGES_, RESIDENT = RESIDENT_; /* D: of q, k and v, zero-padded */
-    static constexpr int WARPS = WARPS_, THREADS = WARPS * 32, ROWS = 16;
-    static constexpr int CHUNKS = D / 8;             /* of 16 bytes, in a row of q or k */
-    static constexpr int SLICE = D / WARPS;          /* value dims of a warp, */
-    static constexpr int SLICE_CHUNKS = SLICE / 8;   /* in chunks = n8 tiles */
-    static constexpr int BLOCKS = 4;                 /* of a chunk of keys */
-    static constexpr int PER_BLOCK = WARPS / BLOCKS; /* warps that share a block: its keys, then its rows */
-    static constexpr int HALVES = 2 / PER_BLOCK;     /* eights of rows whose softmax is a warp's */
-    static constexpr int KEYS = 16 / PER_BLOCK;      /* rows of k that a warp copies at a time, four times a block: */
-    static constexpr int GRANULE = KEYS * D * 2;     /* bytes; the same as a block of the warp's slice of v */
+    static constexpr int D = D_; /* of q, k and v, zero-padded */
+    static constexpr int MT = MT_, ROWS = 16 * MT, SLOTS = SLOTS_;
+    static constexpr bool ENGINE = ENGINE_; /* K and V come by the copy engine; only then may teams be clusters */
+    static constexpr int CHUNKS = D / 8;    /* of 16 bytes, in a row of q */
+    static constexpr int CHUNK_BLOCKS = CHUNK_BLOCKS_, UNITS = CHUNK_BLOCKS * BLOCK_UNITS; /* of a chunk */
+    static constexpr int WARP_UNITS = UNITS / DECODE_WARPS, LOG_WARP_UNITS = WARP_UNITS / 2; /* of them, a warp's: 1, 2, 4 */
+    static constexpr int PAIRS = D / 16;                               /* of n8 tiles of O */
+    static constexpr int WARP_PAIRS = PAIRS > DECODE_WARPS ? PAIRS / DECODE_WARPS : 1;
+    static constexpr int SLOT = SLOT_KEYS * D * 2; /* bytes, of K or V */
+    static constexpr int LANE_ROWS = (ROWS + 31) / 32;
+    static constexpr int KEY_SLOTS = UNITS * UNIT_KEYS / SLOT_KEYS; /* of a chunk, for a team of one */
+    static constexpr int LARGEST_TEAM = KEY_SLOTS < PAIRS ? KEY_SLOTS : PAIRS;
+    /* A warp waits for few of a chunk's slots of K. All slots before them must have been filled for certain, or it could
+     * take one round of a slot for another. */
+    static_assert(SLOTS >= KEY_SLOTS, "slots of K of one chunk are different");
 };
 
 template <class S> struct MmaDecodeShared {
-    //static_assert(BLOCK_KEYS * S::SLICE * 2 == S::GRANULE, "one size for k and v");
-    alignas(128) char ring[S::WARPS][S::STAGES][S::GRANULE];
-    char q[S::ROWS * S::D * 2];                  /* and out, staged */
-    char x[S::BLOCKS][S::ROWS * BLOCK_KEYS * 4]; /* scores, then probabilities of 16 bits in the first half of a row */
-    float x_max[S::BLOCKS][S::ROWS];             /* largest score */
-    float sum[S::BLOCKS][S::ROWS][4];            /* b_t */
+    alignas(1024) char ring[S::SLOTS][S::SLOT]; /* K and V in the order in which they are used */
+    uint4 p[2][S::MT][S::UNITS][32];            /* probabilities as a operands; of two chunks */
+    float x_max[2][S::UNITS][S::ROWS];          /* largest scores of the keys of a warp of the team; of two chunks */
+    char q[S::ROWS * S::D * 2];                 /* and out, staged */
     float l[S::ROWS];
-    float m[S::WARPS][S::BLOCKS][S::ROWS];     /* reference after a block, each warp's own copy, */
-    float alpha[S::WARPS][S::BLOCKS][S::ROWS]; /* and the rescale factor before it */
-    float4 rest[S::SLICE_CHUNKS][S::THREADS];  /* the running O of the splits before */
+    float alpha[DECODE_WARPS][S::CHUNK_BLOCKS][S::ROWS]; /* each warp's own: the rescale factor before a block */
     RowTable<S::ROWS> rows;
     Tile t;
     KeyRange range;
-    int64_t number;
+    MemoryBarrier full[S::SLOTS], empty[S::SLOTS]; /* a slot has its data; every consuming warp is done with it */
+    /* What the warps of a team publish is there. Two, in turns: who has passed one may already send for the next. */
+    MemoryBarrier exchanged[2];
 };
 
-/* A range's blocks in chunks that never cross a split (N3). */
-struct Chunk {
-    int first, blocks; /* no blocks: the end */
-    int to_split_end;
+/* The part of one thread block: of a chunk, UNITS / size units of keys, and of O, PAIRS / size pairs of n8 tiles. */
+template <class S> struct Team {
+    int size, rank, log_size;
 
-    __device__ Chunk(const KeyRange &range, int most) : first(0), to_split_end(range.to_split_end) {
-        blocks = min(min(range.blocks, to_split_end), most);
+    __device__ __forceinline__ Team() : size(1), rank(0) {
+        if constexpr (S::ENGINE)
+            size = cluster_size(), rank = cluster_rank();
+        log_size = __ffs(size) - 1;
     }
-    __device__ __forceinline__ bool ends_split(const KeyRange &range) const {
-        return blocks == to_split_end || first + blocks == range.blocks;
+    __device__ __forceinline__ int units() const { return S::UNITS >> log_size; }
+    __device__ __forceinline__ int log_warp_units() const { return max(S::LOG_WARP_UNITS - log_size, 0); }
+    __device__ __forceinline__ int warp_units() const { return 1 << log_warp_units(); }
+    __device__ __forceinline__ int warps() const { return min(DECODE_WARPS, units()); } /* that have units */
+    __device__ __forceinline__ int pairs() const { return S::PAIRS >> log_size; }
+    __device__ __forceinline__ int dims() const { return S::D >> log_size; }
+    /* Slots of K and V that this thread block gets of a chunk. A slot of V has more keys if it has fewer dims. */
+    __device__ __forceinline__ int key_slots(const Chunk &chunk) const {
+        const int own = units() * UNIT_KEYS, keys = chunk.blocks * BLOCK_KEYS - rank * own;
+        return (max(min(keys, own), 0) + SLOT_KEYS - 1) / SLOT_KEYS;
     }
-    __device__ __forceinline__ void advance(const KeyRange &range, int most) {
-        first += blocks;
-        to_split_end -= blocks;
-        if (to_split_end == 0)
-            to_split_end = range.split_blocks;
-        blocks = min(min(range.blocks - first, to_split_end), most);
+    __device__ __forceinline__ int value_keys() const { return SLOT_KEYS * size; }
+    __device__ __forceinline__ int value_slots(const Chunk &chunk) const {
+        return (chunk.blocks * BLOCK_KEYS + value_keys() - 1) / SLOT_KEYS >> log_size;
     }
+    /* Bytes of a row of V in a box of the copy engine, and from a box of 64 dims to the next. */
+    __device__ __forceinline__ int row_bytes() const { return min(dims(), 64) * 2; }
+    __device__ __forceinline__ int box_bytes() const { return value_keys() * 128; }
 };
 
-/* The stream of granules of a warp: of each chunk, its keys in four parts, then its slice of V block by block. */
-template <class S> struct GranuleStream {
-    const KeyRange &range;
-    const Keys k, v;
-    const int warp = threadIdx.x / 32;
-    Chunk chunk;
-    int index = 0; /* of the granule within the chunk */
+/* ---- producer ---- */
 
-    __device__ GranuleStream(const fad_attn_problem &p, const Tile &t, const KeyRange &keys)
-        : range(keys), k(p.k, t.seq.k, t, keys.first, p.D), v(p.v, t.seq.v, t, keys.first, p.Dv),
-          chunk(keys, S::BLOCKS) {}
+template <class S> struct MmaDecodeProducer {
+    const fad_attn_problem &p;
+    MmaDecodeShared<S> &sm;
+    const Team<S> team;
+    Ring ring;
 
-    /* Starts the copy of the next granule, if there is one; a group of copies in any case. */
-    __device__ __forceinline__ void issue(char *to) {
-        const int lane = threadIdx.x % 32;
-        if (chunk.blocks > 0) {
-            const int of_k = warp / S::PER_BLOCK < chunk.blocks ? 4 : 0;
-            if (index < of_k)
-                k.template load<S::KEYS, S::CHUNKS, 32>(
-                    to, chunk.first * BLOCK_KEYS + warp * (BLOCK_KEYS / S::PER_BLOCK) + index * S::KEYS, range.lo,
-                    range.hi, 0, lane);
-            else
-                v.template load<BLOCK_KEYS, S::SLICE_CHUNKS, 32>(to, (chunk.first + index - of_k) * BLOCK_KEYS,
-                                                                 range.lo, range.hi, warp * S::SLICE, lane);
-            if (++index == of_k + chunk.blocks) {
-                index = 0;
-                chunk.advance(range, S::BLOCKS);
-            }
+    /* Every lane. fill(to) starts the copies of a slot. */
+    template <class Fill> __device__ __forceinline__ void next(Fill fill) {
+        MemoryBarrier &full = sm.full[ring.index];
+        barrier_wait(sm.empty[ring.index], ring.round ^ 1);
+        fill(sm.ring[ring.index], full);
+        if constexpr (!S::ENGINE)
+            barrier_arrive_copied(full);
+        ring.advance<S::SLOTS>();
+    }
+
+    /* keys_of(chunk), values_of(chunk): copy what the consumers use of a chunk. */
+    template <class KeysOf, class ValuesOf>
+    __device__ __forceinline__ void run(KeysOf keys_of, ValuesOf values_of) {
+        Chunk ahead(sm.range, S::CHUNK_BLOCKS);
+        keys_of(ahead);
+        for (Chunk now = ahead; now.blocks > 0; now.advance(sm.range, S::CHUNK_BLOCKS)) {
+            ahead.advance(sm.range, S::CHUNK_BLOCKS);
+            keys_of(ahead);
+            values_of(now);
         }
-        cp_async_commit();
+    }
+
+    /* Keys outside the range become zeros. */
+    __device__ __forceinline__ void copy_by_warp() {
+        const Keys k(p.k, sm.t.seq.k, sm.t, sm.range.first, p.D), v(p.v, sm.t.seq.v, sm.t, sm.range.first, p.Dv);
+        auto copy = [&](const Keys &from, const Chunk &chunk, int slots) {
+            for (int i = 0; i < slots; i++)
+                next([&](char *to, MemoryBarrier &) {
+#pragma unroll 1
+                    for (int piece = 0; piece < S::D / 64; piece++)
+                        from.template load<SLOT_KEYS, 8, 32>(to + piece * SLOT_KEYS * 128,
+                                                             chunk.first * BLOCK_KEYS + i * SLOT_KEYS, sm.range.lo,
+                                                             sm.range.hi, piece * 64, threadIdx.x % 32);
+                });
+        };
+        run([&](const Chunk &chunk) { copy(k, chunk, team.key_slots(chunk)); },
+            [&](const Chunk &chunk) { copy(v, chunk, team.value_slots(chunk)); });
+        cp_async_wait<0>();
+    }
+
+    /* One lane. Rows outside the buffer become zeros. */
+    __device__ __forceinline__ void copy_by_engine(const CUtensorMap &k_map, const CUtensorMap &v_map) {
+        const fad_sequence &seq = sm.t.seq;
+        const int row0 = (int)(seq.k_row + sm.range.first - seq.span.k_pos), head = (int)sm.t.head_k,
+                  batch = p.cu_seqlens_k ? 0 : (int)seq.index;
+        run(
+            [&](const Chunk &chunk) {
+                const int row = row0 + chunk.first * BLOCK_KEYS + team.rank * team.units() * UNIT_KEYS;
+                for (int i = 0; i < team.key_slots(chunk); i++)
+                    next([&](char *to, MemoryBarrier &full) {
+                        barrier_arrive_expect(full, S::SLOT);
+                        for (int piece = 0; piece < S::D / 64; piece++)
+                            copy_box(to + piece * SLOT_KEYS * 128, k_map, full, piece * 64, row + i * SLOT_KEYS, head,
+                                     batch);
+                    });
+            },
+            [&](const Chunk &chunk) {
+                const int row = row0 + chunk.first * BLOCK_KEYS, keys = team.value_keys(), box = min(keys, 256);
+                for (int i = 0; i < team.value_slots(chunk); i++)
+                    next([&](char *to, MemoryBarrier &full) {
+                        barrier_arrive_expect(full, S::SLOT);
+                        for (int d = 0; d < team.dims(); d += 64)
+                            for (int key = 0; key < keys; key += box)
+                                copy_box(to + d / 64 * team.box_bytes() + key * team.row_bytes(), v_map, full,
+                                         team.rank * team.dims() + d, row + i * keys + key, head, batch);
+                    });
+            });
     }
 };
+
+/* ---- consumers ---- */
 
 template <class S> struct MmaDecode {
     const fad_attn_problem &p;
     MmaDecodeShared<S> &sm;
+    const Team<S> team;
     const ScoreRule rule;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    GranuleStream<S> stream;
-    int stage = 0;               /* of the ring, next to be read */
-    float o[S::SLICE_CHUNKS][4]; /* O of the split: this warp's dims */
-    float m = FAD_F32_SENTINEL;  /* lanes 0..15: reference of row `lane` */
-    float l[2];                  /* warp 0: l_t of row lane % 16, t = lane / 16 * 2 and the next */
+    const int first_unit = (team.rank * team.warps() + warp) << team.log_warp_units(); /* of this warp, in a chunk */
+    const int value_lane;  /* of this lane's row in a fragment of V of pair 0: bytes */
+    Ring ring;             /* the next slot */
+    Ring exchange;         /* the next exchange of the team */
+    float s[S::WARP_UNITS][S::MT][2][4]; /* scores of this warp's units: [n8 tile][as in mma_step] */
+    /* One or two rows a lane, row lane % 16 or lane + 32 i: the running reference after the last chunk whose P has been
+     * made, and after the block of it in which this warp's units are. */
+    float m[S::LANE_ROWS], reference[S::LANE_ROWS];
+    float o[S::WARP_PAIRS][S::MT][2][4];    /* O of the split: this warp's pairs of n8 tiles */
+    float rest[S::WARP_PAIRS][S::MT][2][4]; /* the running O of the splits before, */
+    RowPair total[S::MT];                   /* and their state */
+    float l[S::MT][2];                      /* the summing warp's lanes: l_t of rows g and g + 8 */
 
     __device__ MmaDecode(const fad_attn_problem &problem, MmaDecodeShared<S> &shared)
-        : p(problem), sm(shared), rule(problem), stream(problem, shared.t, shared.range) {}
+        : p(problem), sm(shared), rule(problem), value_lane(value_offset(warp)) {}
 
-    __device__ __forceinline__ void clear() {
-        m = FAD_F32_SENTINEL;
-        l[0] = l[1] = 0;
-#pragma unroll
-        for (int n = 0; n < S::SLICE_CHUNKS; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                o[n][e] = 0;
-    }
+    __device__ __forceinline__ void sync() const { named_barrier_sync(1, DECODE_CONSUMERS); }
 
-    __device__ __forceinline__ void prefetch() {
-#pragma unroll 1
-        for (int i = 0; i < S::STAGES - 1; i++)
-            stream.issue(sm.ring[warp][i]);
-    }
-
-    /* The next granule, ready to be read until the next call; the one read before makes room for another. */
-    __device__ __forceinline__ const char *next() {
-        cp_async_wait<S::STAGES - 2>();
-        __syncwarp(); /* the granule may be read, the one before it overwritten */
-        stream.issue(sm.ring[warp][stage == 0 ? S::STAGES - 1 : stage - 1]);
-        const char *granule = sm.ring[warp][stage];
-        stage = stage + 1 == S::STAGES ? 0 : stage + 1;
-        return granule;
-    }
-
-    /* Where a warp's scores of row r and keys 8 n + 2 t, + 1 lie; tiles are permuted against bank conflicts. */
-    __device__ __forceinline__ float2 *score_pair(int nth, int r, int n) const {
-        return (float2 *)(sm.x[nth] + r * BLOCK_KEYS * 4 + (n ^ r % 8) * 32 + lane % 4 * 8);
-    }
-    /* Chunk n, of 8 keys, of row r's probabilities. */
-    __device__ __forceinline__ char *probability_chunk(int nth, int r, int n) const {
-        return sm.x[nth] + r * BLOCK_KEYS * 4 + (n ^ r % 8) * 16;
-    }
-
-    /* N7: the dot products of this warp's keys, in block nth of the chunk. */
-    __device__ __forceinline__ void scores(int nth) {
-#pragma unroll 1
-        for (int i = 0; i < 4; i++) {
-            const char *k = next();
-            constexpr int TILES = S::KEYS / 8;
-            float s[TILES][4] = {};
-#pragma unroll
-            for (int d = 0; d < S::D / 16; d += 2 / TILES) {
-                unsigned a[4], b[4];
-                load_fragment<S::CHUNKS>(a, sm.q, 0, d);
-                if constexpr (TILES == 2) {
-                    load_key_fragment<S::CHUNKS>(b, k, 0, d);
-                    mma_step<S::T>(s[0], a, b[0], b[1]);
-                    mma_step<S::T>(s[1], a, b[2], b[3]);
-                } else { /* eight keys, two steps */
-                    ldmatrix(b, k + swizzled<S::CHUNKS>(lane % 8, 2 * d + lane / 8));
-                    mma_step<S::T>(s[0], a, b[0], b[1]);
-                    load_fragment<S::CHUNKS>(a, sm.q, 0, d + 1);
-                    mma_step<S::T>(s[0], a, b[2], b[3]);
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < TILES; n++)
-#pragma unroll
-                for (int half = 0; half < 2; half++)
-                    *score_pair(nth, lane / 4 + 8 * half, (warp % S::PER_BLOCK * 4 + i) * TILES + n) =
-                        make_float2(s[n][2 * half], s[n][2 * half + 1]);
-        }
-    }
-
-    /* The first of the rows whose softmax is this warp's. */
-    __device__ __forceinline__ int first_row() const { return warp % S::PER_BLOCK * 8; }
-
-    /* N5, N4: from dot products to scores, and their maxima. */
-    __device__ __forceinline__ void finish_scores(ScoreTile &s, int nth, int block) {
-        float x_max[S::HALVES];
-#pragma unroll
-        for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-            for (int half = 0; half < S::HALVES; half++) {
-                const float2 pair = *score_pair(nth, first_row() + lane / 4 + 8 * half, n);
-                s[n][2 * half] = pair.x;
-                s[n][2 * half + 1] = pair.y;
-            }
-        if (!rule.plain)
-            sm.rows.template apply_options<S::HALVES>(s, rule, first_row(), block);
-        if (sm.range.partial(block))
-            sm.rows.template mask<S::HALVES>(s, first_row(), block);
-        row_maxima(s, x_max);
-#pragma unroll
-        for (int half = 0; half < S::HALVES; half++)
-            if (lane % 4 == 0)
-                sm.x_max[nth][first_row() + lane / 4 + 8 * half] = x_max[half];
-    }
-
-    /* N6: the references of a chunk's blocks, one row a lane. */
-    __device__ __forceinline__ void advance(int blocks) {
-        if (lane < S::ROWS)
-#pragma unroll 1
-            for (int b = 0; b < blocks; b++) {
-                const float now = fad_f32_reference(m, sm.x_max[b][lane], rule.c);
-                sm.alpha[warp][b][lane] = fad_f32_pow2(fad_f32_sub(m, now));
-                sm.m[warp][b][lane] = m = now;
-            }
-        __syncwarp(); /* m and alpha may be read */
-    }
-
-    /* N6, N7: p of one block, rounded to where all warps read it, and this lane's b_t. */
-    __device__ __forceinline__ void publish(ScoreTile &s, int nth) {
-        const int row = first_row() + lane / 4, t = lane % 4;
-        float reference[S::HALVES];
-        ProbabilityFragments a;
-#pragma unroll
-        for (int half = 0; half < S::HALVES; half++)
-            reference[half] = sm.m[warp][nth][row + 8 * half];
-        exponentiate<S::HALVES>(s, [&](float x, int half) { return far_argument(x, rule.c, reference[half]); }, [](int) {});
-        round_probabilities<S::T, S::HALVES>(a, s);
-#pragma unroll
-        for (int half = 0; half < S::HALVES; half++) {
-            sm.sum[nth][row + 8 * half][t] = lane_sum<S::T>(a, half);
-#pragma unroll
-            for (int n = 0; n < KEY_TILES; n++)
-                *(unsigned *)(probability_chunk(nth, row + 8 * half, n) + t * 4) = a[n / 2][n % 2 * 2 + half];
-        }
-    }
-
-    /* N7: O += P V over one block, for this warp's dims. */
-    __device__ __forceinline__ void values(int nth, int block) {
-        const char *v = next();
-        const float alpha[2] = {sm.alpha[warp][nth][lane / 4], sm.alpha[warp][nth][lane / 4 + 8]};
-        ProbabilityFragments a;
-        if (__any_sync(~0u, (alpha[0] != 1) | (alpha[1] != 1)))
-            rescale(o, alpha);
-#pragma unroll
-        for (int k = 0; k < BLOCK_KEYS / 16; k++)
-            ldmatrix(a[k], probability_chunk(nth, lane % 16, 2 * k + lane / 16));
-        if (sm.range.partial(block) && values_not_finite<S::T, S::SLICE_CHUNKS>(v)) {
-            add_values_guarded<S::T, S::SLICE_CHUNKS>(o, a, v, [&](int r) { return sm.rows.seen(r, block); });
+    /* Writes to the same place in every thread block of the team. */
+    template <class X> __device__ __forceinline__ void publish(X &place, const X &x) const {
+        if (team.size == 1) {
+            place = x;
             return;
         }
+        if constexpr (S::ENGINE)
+            for (int rank = 0; rank < team.size; rank++)
+                store_in(address_in(&place, rank), x, address_in(&sm.exchanged[exchange.index], rank));
+    }
+    /* What warps publish from now on is for the next exchange, in which this much comes here. */
+    __device__ __forceinline__ void expect(int bytes) {
+        if constexpr (S::ENGINE)
+            if (team.size > 1 && threadIdx.x == 0)
+                barrier_arrive_expect(sm.exchanged[exchange.index], bytes);
+    }
+    __device__ __forceinline__ void wait_for_exchange() {
+        if (team.size == 1) {
+            sync();
+        } else if constexpr (S::ENGINE) {
+            barrier_wait(sm.exchanged[exchange.index], exchange.round);
+            exchange.advance<2>();
+        }
+    }
+    /* Bytes of a chunk's maxima, and of its P. */
+    __device__ __forceinline__ int maxima_bytes(const Chunk &chunk) const {
+        return (chunk.blocks * BLOCK_UNITS >> team.log_warp_units()) * S::ROWS * (int)sizeof(float);
+    }
+    static __device__ __forceinline__ int probability_bytes(const Chunk &chunk) {
+        return chunk.blocks * BLOCK_UNITS * S::MT * 32 * (int)sizeof(uint4);
+    }
+
+    /* A number that lanes hold for row r, as in m. */
+    __device__ __forceinline__ float of_row(const float (&x)[S::LANE_ROWS], int r) const {
+        float y = __shfl_sync(~0u, x[0], r % 32);
+        if constexpr (S::LANE_ROWS > 1) {
+            const float z = __shfl_sync(~0u, x[1], r % 32);
+            y = r < 32 ? y : z;
+        }
+        return y;
+    }
+
+    /* ---- S ---- */
+
+    /* N7: the dot products of some units, whose keys are rows from `first` on of a slot. */
+    template <int N>
+    __device__ __forceinline__ void unit_scores(float (*x)[S::MT][2][4], const char *k_slot, int first) const {
 #pragma unroll
-        for (int k = 0; k < BLOCK_KEYS / 16; k++)
+        for (int u = 0; u < N; u++)
 #pragma unroll
-            for (int n = 0; n < S::SLICE_CHUNKS / 2; n++) {
+            for (int mt = 0; mt < S::MT; mt++)
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    x[u][mt][e / 4][e % 4] = 0;
+#pragma unroll
+        for (int d = 0; d < S::D / 16; d++) {
+            unsigned a[S::MT][4];
+#pragma unroll
+            for (int mt = 0; mt < S::MT; mt++)
+                load_fragment<S::CHUNKS>(a[mt], sm.q, 16 * mt, d);
+#pragma unroll
+            for (int u = 0; u < N; u++) {
                 unsigned b[4];
-                load_value_fragment<S::SLICE_CHUNKS>(b, v, 16 * k, n);
-                mma_step<S::T>(o[2 * n], a[k], b[0], b[1]);
-                mma_step<S::T>(o[2 * n + 1], a[k], b[2], b[3]);
+                load_key_fragment<8>(b, k_slot + d / 4 * SLOT_KEYS * 128, first + u * UNIT_KEYS, d % 4);
+#pragma unroll
+                for (int mt = 0; mt < S::MT; mt++) {
+                    mma_step<S::T>(x[u][mt][0], a[mt], b[0], b[1]);
+                    mma_step<S::T>(x[u][mt][1], a[mt], b[2], b[3]);
+                }
+            }
+        }
+    }
+
+    /* N5, N4: from dot products to scores; key: the unit's first. */
+    __device__ __forceinline__ void finish_scores(float (&x)[S::MT][2][4], int key, bool partial) const {
+        const int t2 = lane % 4 * 2;
+#pragma unroll
+        for (int mt = 0; mt < S::MT; mt++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const RowView row = sm.rows[mt * 16 + lane / 4 + half * 8];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float &y = x[mt][i / 2][half * 2 + i % 2];
+                    const int at = key + i / 2 * 8 + t2 + i % 2;
+                    if (!rule.plain)
+                        y = score_with_options(y, rule, row, at);
+                    if (partial && (at < row.lo || at >= row.hi))
+                        y = -INFINITY;
+                }
             }
     }
 
-    __device__ __forceinline__ void run(const Chunk &chunk) {
-        ScoreTile s;
-        const int nth = warp / S::PER_BLOCK;
-        const bool mine = nth < chunk.blocks;
-        if (mine)
-            scores(nth);
-        if (S::PER_BLOCK > 1)
-            __syncthreads(); /* the scores of the block's other warp may be read */
-        else
-            __syncwarp();
-        if (mine)
-            finish_scores(s, nth, chunk.first + nth);
-        __syncthreads(); /* all maxima may be read, scores overwritten */
-        advance(chunk.blocks);
-        if (mine)
-            publish(s, nth);
-        __syncthreads(); /* probabilities and sums may be read, maxima overwritten */
-#pragma unroll 1
-        for (int b = 0; b < chunk.blocks; b++)
-            values(b, chunk.first + b);
-        if (warp == 0)
-#pragma unroll 1
-            for (int b = 0; b < chunk.blocks; b++) /* N7: l_t */
+    __device__ __forceinline__ void publish_maxima(int buffer) {
 #pragma unroll
-                for (int i = 0; i < 2; i++)
-                    l[i] = fad_f32_add(fad_f32_mul(l[i], sm.alpha[0][b][lane % 16]),
-                                       sm.sum[b][lane % 16][lane / 16 * 2 + i]);
-        __syncthreads(); /* scores and sums may be overwritten */
+        for (int mt = 0; mt < S::MT; mt++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float best = -INFINITY;
+#pragma unroll
+                for (int u = 0; u < S::WARP_UNITS; u++)
+                    if (u < team.warp_units())
+#pragma unroll
+                        for (int n = 0; n < 2; n++)
+                            best = fmaxf(best, fmaxf(s[u][mt][n][half * 2], s[u][mt][n][half * 2 + 1]));
+                best = fmaxf(best, __shfl_xor_sync(~0u, best, 1)); /* NaN does not count */
+                best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+                if (lane % 4 == 0)
+                    publish(sm.x_max[buffer][first_unit >> team.log_warp_units()][mt * 16 + half * 8 + lane / 4], best);
+            }
     }
 
-    /* The end of a split: its m and l for rows g and g + 8. */
-    __device__ __forceinline__ RowPair close_split() {
-        if (warp == 0) {
-            const float pair = fad_f32_add(l[0], l[1]);
-            const float sum = fad_f32_add(pair, __shfl_xor_sync(~0u, pair, 16));
-            if (lane < S::ROWS)
-                sm.l[lane] = sum;
+    /* A slot of K has the units of one warp or of a few, which alone wait for it and arrive for all. */
+    __device__ __forceinline__ void scores(const Chunk &chunk, int buffer) {
+        const int own = warp * UNIT_KEYS << team.log_warp_units(); /* its first key in this thread block's */
+        if (warp < team.warps() && first_unit < chunk.blocks * BLOCK_UNITS) {
+            const Ring at = ring.after<S::SLOTS>(own / SLOT_KEYS);
+            const char *k_slot = sm.ring[at.index];
+            const int block = chunk.first + first_unit / BLOCK_UNITS, first = own % SLOT_KEYS,
+                      sharing = SLOT_KEYS / UNIT_KEYS >> team.log_warp_units(); /* warps */
+            const bool partial = sm.range.partial(block);
+            barrier_wait(sm.full[at.index], at.round);
+            if (team.log_warp_units() == S::LOG_WARP_UNITS)
+                unit_scores<S::WARP_UNITS>(s, k_slot, first);
+            else
+#pragma unroll
+                for (int u = 0; u < S::WARP_UNITS / 2; u++)
+                    if (u < team.warp_units())
+                        unit_scores<1>(s + u, k_slot, first + u * UNIT_KEYS);
+            __syncwarp();
+            if (lane < DECODE_WARPS / sharing)
+                barrier_arrive(sm.empty[at.index]);
+            if (!rule.plain || partial)
+#pragma unroll
+                for (int u = 0; u < S::WARP_UNITS; u++)
+                    if (u < team.warp_units())
+                        finish_scores(s[u], (chunk.first * BLOCK_UNITS + first_unit + u) * UNIT_KEYS, partial);
+            publish_maxima(buffer);
         }
-        __syncthreads(); /* l may be read */
+        ring = ring.after<S::SLOTS>(team.key_slots(chunk));
+    }
+
+    /* ---- P ---- */
+
+    /* N6: the references of a chunk's blocks. */
+    __device__ __forceinline__ void advance(const Chunk &chunk, int buffer, bool starts_split) {
+        const int per_block = BLOCK_UNITS >> team.log_warp_units();
+#pragma unroll
+        for (int i = 0; i < S::LANE_ROWS; i++) {
+            const int row = (lane + 32 * i) % S::ROWS;
+            if (starts_split)
+                m[i] = FAD_F32_SENTINEL;
+#pragma unroll
+            for (int b = 0; b < S::CHUNK_BLOCKS; b++)
+                if (b < chunk.blocks) {
+                    float best = -INFINITY;
+                    for (int e = b * per_block; e < (b + 1) * per_block; e++)
+                        best = fmaxf(best, sm.x_max[buffer][e][row]);
+                    const float now = fad_f32_reference(m[i], best, rule.c);
+                    sm.alpha[warp][b][row] = fad_f32_pow2(fad_f32_sub(m[i], now));
+                    m[i] = now;
+                    if (b == first_unit / BLOCK_UNITS)
+                        reference[i] = now;
+                }
+        }
+        __syncwarp(); /* alpha may be read */
+    }
+
+    /* N6, N7: P of this warp's units. */
+    __device__ __forceinline__ void probabilities(const Chunk &chunk, int buffer) {
+        if (warp >= team.warps() || first_unit >= chunk.blocks * BLOCK_UNITS)
+            return;
+#pragma unroll
+        for (int mt = 0; mt < S::MT; mt++) {
+            const float now[2] = {of_row(reference, mt * 16 + lane / 4), of_row(reference, mt * 16 + lane / 4 + 8)};
+#pragma unroll
+            for (int u = 0; u < S::WARP_UNITS; u++)
+                if (u < team.warp_units()) {
+                    unsigned a[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) { /* tile i / 2, row g or g + 8 */
+                        const float *x = &s[u][mt][i / 2][i % 2 * 2];
+                        a[i] = pack2<S::T>(ex2(far_argument(x[0], rule.c, now[i % 2])),
+                                           ex2(far_argument(x[1], rule.c, now[i % 2])));
+                    }
+                    publish(sm.p[buffer][mt][first_unit + u][lane], make_uint4(a[0], a[1], a[2], a[3]));
+                }
+        }
+    }
+
+    /* ---- O ---- */
+
+    __device__ __forceinline__ bool sums() const { return warp == SUMMING_WARP; }
+    __device__ __forceinline__ bool has_pair(int i) const { return warp + i * DECODE_WARPS < team.pairs(); }
+    /* The first value dim of a pair. */
+    __device__ __forceinline__ int pair_dim(int i) const {
+        return team.rank * team.dims() + (warp + i * DECODE_WARPS) * 16;
+    }
+
+    /* N6: the rescale before block b of a chunk. */
+    __device__ __forceinline__ void rescale_all(int b) {
+#pragma unroll
+        for (int mt = 0; mt < S::MT; mt++) {
+            const float *alpha = &sm.alpha[warp][b][mt * 16 + lane / 4], a[2] = {alpha[0], alpha[8]};
+            if (!__any_sync(~0u, (a[0] != 1) | (a[1] != 1)))
+                continue;
+#pragma unroll
+            for (int i = 0; i < S::WARP_PAIRS; i++)
+                rescale(o[i][mt], a);
+            l[mt][0] = fad_f32_mul(l[mt][0], a[0]);
+            l[mt][1] = fad_f32_mul(l[mt][1], a[1]);
+        }
+    }
+
+    /* Bytes from a unit's first row in a slot of V to what this lane loads of a pair of n8 tiles, as in
+     * load_value_fragment; rows are swizzled by their width, alike in every unit. */
+    __device__ __forceinline__ int value_offset(int pair) const {
+        const int d = pair * 16, bytes = team.row_bytes(), at = lane % 16 * bytes + (d % 64 / 8 + lane / 16) * 16;
+        return d / 64 * team.box_bytes() + (at ^ (at >> 3 & (bytes - 16)));
+    }
+
+    /* N11 where a value is Inf or NaN: each row meets only the values that it sees. */
+    __device__ __forceinline__ void guarded_step(int i, int mt, const uint4 &a, const unsigned (&b)[4], int key) {
+        const unsigned fragment[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll 1
+        for (int r = 0; r < 16; r++) {
+            const int lo = sm.rows.lo[mt * 16 + r] - key - lane % 4 * 2, hi = sm.rows.hi[mt * 16 + r] - key - lane % 4 * 2;
+            float row[2][4];
+            unsigned seen[4];
+#pragma unroll
+            for (int n = 0; n < 4; n++) /* keys n % 2 * 8 and + 1, from the lane's first */
+                seen[n] = b[n] & ((n % 2 * 8 >= lo && n % 2 * 8 < hi ? 0xffffu : 0) |
+                                  (n % 2 * 8 + 1 >= lo && n % 2 * 8 + 1 < hi ? 0xffff0000u : 0));
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                row[e / 4][e % 4] = o[i][mt][e / 4][e % 4];
+            mma_step<S::T>(row[0], fragment, seen[0], seen[1]);
+            mma_step<S::T>(row[1], fragment, seen[2], seen[3]);
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                if (lane / 4 + e % 4 / 2 * 8 == r)
+                    o[i][mt][e / 4][e % 4] = row[e / 4][e % 4];
+        }
+    }
+
+    /* N7: O += P V over one unit; v: its first row. */
+    template <bool PARTIAL>
+    __device__ __forceinline__ void unit_values(const char *v, const uint4 (*p_unit)[S::UNITS][32], int key) {
+        unsigned b[S::WARP_PAIRS][4];
+#pragma unroll
+        for (int i = 0; i < S::WARP_PAIRS; i++)
+            ldmatrix_transposed(b[i], v + (i == 0 ? value_lane : value_offset(warp + i * DECODE_WARPS)));
+#pragma unroll
+        for (int mt = 0; mt < S::MT; mt++) {
+            const uint4 a = p_unit[mt][0][lane];
+            const unsigned fragment[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+            for (int i = 0; i < S::WARP_PAIRS; i++) {
+                if (PARTIAL && __any_sync(~0u, (exponents_full<S::T>(b[i][0]) | exponents_full<S::T>(b[i][1]) |
+                                                exponents_full<S::T>(b[i][2]) | exponents_full<S::T>(b[i][3])) != 0)) {
+                    guarded_step(i, mt, a, b[i], key);
+                } else {
+                    mma_step<S::T>(o[i][mt][0], fragment, b[i][0], b[i][1]);
+                    mma_step<S::T>(o[i][mt][1], fragment, b[i][2], b[i][3]);
+                }
+            }
+        }
+    }
+
+    /* N7: l += b_t of a block, whose P is p_block. */
+    __device__ __forceinline__ void sum_block(const uint4 (*p_block)[S::UNITS][32]) {
+#pragma unroll
+        for (int mt = 0; mt < S::MT; mt++) {
+            float sum[2];
+#pragma unroll
+            for (int unit = 0; unit < BLOCK_UNITS; unit++) {
+                const uint4 a = p_block[mt][unit][lane];
+                const unsigned fragment[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+                for (int i = 0; i < 4; i++) { /* n8 tile i / 2, row g or g + 8 */
+                    const float both = fad_f32_add(low_half<S::T>(fragment[i]), high_half<S::T>(fragment[i]));
+                    sum[i % 2] = unit == 0 && i < 2 ? both : fad_f32_add(sum[i % 2], both);
+                }
+            }
+            l[mt][0] = fad_f32_add(l[mt][0], sum[0]);
+            l[mt][1] = fad_f32_add(l[mt][1], sum[1]);
+        }
+    }
+
+    __device__ __forceinline__ void values(const Chunk &chunk, int buffer) {
+        const int slots = team.value_slots(chunk), units = chunk.blocks * BLOCK_UNITS,
+                  slot_units = team.value_keys() / UNIT_KEYS, unit_bytes = UNIT_KEYS * team.row_bytes();
+        constexpr int STEP = SLOT_KEYS / UNIT_KEYS; /* units that certainly lie in one slot and one block */
+        for (int i = 0, unit = 0; i < slots; i++, ring.advance<S::SLOTS>()) {
+            const char *v = sm.ring[ring.index];
+            barrier_wait(sm.full[ring.index], ring.round);
+#pragma unroll 1
+            for (const int end = min((i + 1) * slot_units, units); unit < end; unit += STEP, v += STEP * unit_bytes) {
+                const int block = unit / BLOCK_UNITS;
+                if (unit % BLOCK_UNITS == 0) {
+                    rescale_all(block);
+                    if (sums())
+                        sum_block((const uint4(*)[S::UNITS][32]) & sm.p[buffer][0][unit]);
+                }
+                if (!has_pair(0))
+                    continue;
+                const int key = (chunk.first * BLOCK_UNITS + unit) * UNIT_KEYS;
+                const auto p_unit = (const uint4(*)[S::UNITS][32]) & sm.p[buffer][0][unit];
+                if (sm.range.partial(chunk.first + block)) {
+#pragma unroll 1
+                    for (int u = 0; u < STEP; u++)
+                        unit_values<true>(v + u * unit_bytes, (const uint4(*)[S::UNITS][32]) & p_unit[0][u],
+                                          key + u * UNIT_KEYS);
+                } else {
+#pragma unroll
+                    for (int u = 0; u < STEP; u++)
+                        unit_values<false>(v + u * unit_bytes, (const uint4(*)[S::UNITS][32]) & p_unit[0][u], key);
+                }
+            }
+            __syncwarp();
+            if (lane == 0)
+                barrier_arrive(sm.empty[ring.index]);
+        }
+    }
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int mt = 0; mt < S::MT; mt++) {
+            l[mt][0] = l[mt][1] = 0;
+#pragma unroll
+            for (int i = 0; i < S::WARP_PAIRS; i++)
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    o[i][mt][e / 4][e % 4] = 0;
+        }
+    }
+
+    /* ---- splits ---- */
+
+    /* N8, N9: the end of the nth split of the range. */
+    __device__ __forceinline__ void close_split(const fad_partials &partials, int nth) {
         const int g = lane / 4;
-        const RowPair part = {{__shfl_sync(~0u, m, g), __shfl_sync(~0u, m, g + 8)}, {sm.l[g], sm.l[g + 8]}};
-        __syncthreads(); /* l may be overwritten */
-        return part;
+        if (sums())
+#pragma unroll
+            for (int mt = 0; mt < S::MT; mt++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const float sum = sum_lanes(l[mt][half]);
+                    if (lane % 4 == 0)
+                        sm.l[mt * 16 + g + half * 8] = sum;
+                }
+        sync(); /* l may be read; it is written again after wait_for_exchange() */
+#pragma unroll
+        for (int mt = 0; mt < S::MT; mt++) {
+            const RowPair part = {{of_row(m, mt * 16 + g), of_row(m, mt * 16 + g + 8)},
+                                  {sm.l[mt * 16 + g], sm.l[mt * 16 + g + 8]}};
+            RowPair sum = part;
+#pragma unroll
+            for (int i = 0; i < S::WARP_PAIRS; i++) {
+                if (!has_pair(i))
+                    continue;
+                sum = part;
+                if (partials.o)
+                    spill_rows(p, sm.t, partials, sm.range.split + nth, 16 * mt, part, o[i][mt], pair_dim(i),
+                               pair_dim(i) == 0);
+                else if (nth > 0)
+                    fold_into(total[mt],
+                              [&](int n) {
+                                  const float *r = rest[i][mt][n];
+                                  return make_float4(r[0], r[1], r[2], r[3]);
+                              },
+                              sum, o[i][mt]);
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    rest[i][mt][e / 4][e % 4] = o[i][mt][e / 4][e % 4];
+            }
+            total[mt] = sum;
+        }
+        clear();
+    }
+
+    /* Every chunk of the range. Returns the number of splits. */
+    __device__ __forceinline__ int run(const fad_partials &partials) {
+        Chunk ahead(sm.range, S::CHUNK_BLOCKS), now = ahead, before = ahead; /* whose S, P and O are to be computed */
+        int splits = 0, buffer = 0;
+        bool now_starts = true;
+        clear();
+        expect(maxima_bytes(ahead));
+        scores(ahead, buffer);
+        ahead.advance(sm.range, S::CHUNK_BLOCKS);
+        before.blocks = 0;
+#pragma unroll 1
+        while (now.blocks > 0 || before.blocks > 0) { /* S of now is in s and buffer, P of before in the other buffer */
+            wait_for_exchange();
+            if (now.blocks > 0)
+                expect(probability_bytes(now) + maxima_bytes(ahead));
+            if (before.blocks > 0) {
+                values(before, buffer ^ 1);
+                if (before.ends_split(sm.range))
+                    close_split(partials, splits++);
+            }
+            if (now.blocks > 0) {
+                advance(now, buffer, now_starts);
+                probabilities(now, buffer);
+            }
+            if (ahead.blocks > 0)
+                scores(ahead, buffer ^ 1);
+            now_starts = now.ends_split(sm.range);
+            before = now;
+            now = ahead;
+            if (ahead.blocks > 0)
+                ahead.advance(sm.range, S::CHUNK_BLOCKS);
+            buffer ^= 1;
+        }
+        return splits;
+    }
+
+    /* N8 (sink), N9: out of this thread block's dims. */
+    __device__ __forceinline__ void finish() {
+#pragma unroll
+        for (int i = 0; i < S::WARP_PAIRS; i++)
+#pragma unroll
+            for (int mt = 0; mt < S::MT; mt++)
+                if (has_pair(i))
+                    finish_rows<S::T, S::CHUNKS>(p, sm.t, 16 * mt, total[mt], rest[i][mt], sm.q, pair_dim(i),
+                                                 pair_dim(i) == 0);
+        sync(); /* out is staged */
+        const int chunks = team.dims() / 8, first = team.rank * chunks;
+        for (int at = threadIdx.x; at < S::ROWS * chunks; at += DECODE_CONSUMERS) {
+            const int r = at / chunks, chunk = first + at % chunks;
+            if (r < sm.t.n_rows && chunk * 8 < p.Dv)
+                *(uint4 *)((uint16_t *)out_row(p, sm.t, r).data + chunk * 8) =
+                    *(const uint4 *)(sm.q + swizzled<S::CHUNKS>(r, chunk));
+        }
+    }
+
+    __device__ __forceinline__ void run_item(const fad_partials &partials) {
+        load_queries<S::ROWS, S::CHUNKS, DECODE_CONSUMERS>(sm.q, p, sm.t, threadIdx.x);
+        sm.rows.fill(p, sm.t, sm.range, threadIdx.x, DECODE_CONSUMERS);
+        cp_async_commit();
+        cp_async_wait<0>();
+        sync(); /* q and the rows' table may be read */
+#pragma unroll
+        for (int mt = 0; mt < S::MT; mt++) {
+            total[mt] = {{FAD_F32_SENTINEL, FAD_F32_SENTINEL}, {0, 0}};
+#pragma unroll
+            for (int i = 0; i < S::WARP_PAIRS; i++)
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    rest[i][mt][e / 4][e % 4] = 0;
+        }
+        const int splits = sm.range.blocks > 0 ? run(partials) : 0;
+        if (!partials.o) {
+            finish();
+        } else if (team.rank == 0) {
+            spill_empty(p, sm.t, partials, sm.range.from, sm.range.split, threadIdx.x, DECODE_CONSUMERS);
+            spill_empty(p, sm.t, partials, sm.range.split + splits, sm.range.to, threadIdx.x, DECODE_CONSUMERS);
+        }
     }
 };
 
-/* One item of work: a tile with all its splits, or (spill) one split of it. */
-template <class S>
-static __device__ __forceinline__ void mma_decode_item(const fad_attn_problem &p, const Work &work,
-                                                       MmaDecodeShared<S> &sm) {
-    const Tile &t = sm.t;
-    const fad_partials &partials = work.partials;
-    MmaDecode<S> decode(p, sm);
-    load_queries<S::ROWS, S::CHUNKS, S::THREADS>(sm.q, p, t, threadIdx.x);
-    cp_async_commit();
-    decode.prefetch();
-    sm.rows.fill(p, t, sm.range, threadIdx.x, S::THREADS);
-    decode.clear();
-    RowPair total = {{FAD_F32_SENTINEL, FAD_F32_SENTINEL}, {0, 0}};
-    float4 *rest = &sm.rest[0][threadIdx.x];
-    bool resting = false;
-    int64_t split = sm.range.split;
-    const int first_dim = decode.warp * S::SLICE;
-    cp_async_wait<S::STAGES - 1>();
-    __syncthreads(); /* q and the rows' table may be read */
-#pragma unroll 1
-    for (Chunk chunk(sm.range, S::BLOCKS); chunk.blocks > 0; chunk.advance(sm.range, S::BLOCKS)) {
-        decode.run(chunk);
-        if (chunk.ends_split(sm.range)) {
-            RowPair part = decode.close_split();
-            if (partials.o)
-                spill_rows(p, t, partials, split++, 0, part, decode.o, first_dim, decode.warp == 0);
-            else if (resting)
-                fold_into(total, [&](int n) { return rest[n * S::THREADS]; }, part, decode.o);
-            total = part;
-            if (chunk.first + chunk.blocks < sm.range.blocks) {
-                if (!partials.o)
-                    rest_state(rest, S::THREADS, decode.o);
-                resting = true;
-                decode.clear();
-            }
-        }
+template <class S> static __device__ void init_barriers(MmaDecodeShared<S> &sm) {
+    for (int i = 0; i < S::SLOTS; i++) {
+        barrier_init(sm.full[i], S::ENGINE ? 1 : 32);
+        barrier_init(sm.empty[i], DECODE_WARPS);
     }
-    cp_async_wait<0>(); /* nothing is on its way */
-    __syncthreads();    /* q may be overwritten */
-    if (partials.o) {
-        spill_empty(p, t, partials, sm.range.from, sm.range.split, threadIdx.x, S::THREADS);
-        spill_empty(p, t, partials, split, sm.range.to, threadIdx.x, S::THREADS);
+    barrier_init(sm.exchanged[0], 1);
+    barrier_init(sm.exchanged[1], 1);
+    if constexpr (S::ENGINE)
+        fence_barrier_init();
+}
+
+/* One item of work a team: a tile with all its splits, or (spill) a run of splits. */
+template <class S>
+static __device__ __forceinline__ void mma_decode(const fad_attn_problem &p, const Work &work, const CUtensorMap *k_map,
+                                                  const CUtensorMap *v_map) {
+    extern __shared__ __align__(1024) char shared_memory[];
+    MmaDecodeShared<S> &sm = *(MmaDecodeShared<S> *)shared_memory;
+    const Team<S> team;
+    allow_next_kernel();
+    if (threadIdx.x == 0)
+        init_barriers(sm);
+    const bool exists = share_item(p, work, S::ROWS, blockIdx.x / team.size, sm.t, sm.range);
+    if constexpr (S::ENGINE)
+        cluster_sync(); /* the others' barriers may be used */
+    if (!exists)
+        return;
+    if (threadIdx.x < DECODE_CONSUMERS) {
+        MmaDecode<S>(p, sm).run_item(work.partials);
         return;
     }
-    finish_rows<S::T, S::CHUNKS>(p, t, 0, total, decode.o, sm.q, first_dim, decode.warp == 0);
-    __syncthreads(); /* out is staged */
-    store_staged<S::ROWS, S::CHUNKS, S::THREADS>(p, t, sm.q, threadIdx.x);
+    if (sm.range.blocks == 0)
+        return;
+    MmaDecodeProducer<S> producer = {p, sm, team, {}};
+    if constexpr (S::ENGINE) {
+        if (threadIdx.x % 32 == 0)
+            producer.copy_by_engine(*k_map, *v_map);
+    } else {
+        producer.copy_by_warp();
+    }
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::THREADS, S::RESIDENT)
+__global__ void __launch_bounds__(DECODE_THREADS, 1)
     mma_decode_kernel(const __grid_constant__ fad_attn_problem p, const __grid_constant__ Work work) {
-    extern __shared__ __align__(128) char shared_memory[];
-    MmaDecodeShared<S> &sm = *(MmaDecodeShared<S> *)shared_memory;
-    for (int64_t number = first_item(work); number < work.n_items; number = next_item(work, &sm.number)) {
-        if (share_item(p, work, S::ROWS, number, sm.t, sm.range))
-            mma_decode_item<S>(p, work, sm);
-    }
+    mma_decode<S>(p, work, nullptr, nullptr);
 }
 
 template <class S> static MmaKernel mma_decode_of() {
-    return {S::ROWS, S::D, S::THREADS, sizeof(MmaDecodeShared<S>), 0, mma_decode_kernel<S>};
+    return {S::ROWS, S::D, DECODE_THREADS, S::LARGEST_TEAM, sizeof(MmaDecodeShared<S>), 0, mma_decode_kernel<S>};
 }
 
 #endif

@@ -9,7 +9,8 @@ struct Plan {
     CUtensorMap k_map, v_map;   /* for it */
     int resident;               /* thread blocks that the device holds at once */
     int64_t n_tiles, n_splits;  /* upper bounds for packed calls */
-    int64_t item_splits;        /* consecutive splits that one thread block computes */
+    int64_t item_splits;        /* consecutive splits that are one item, */
+    int team;                   /* on which that many thread blocks work; 0: they take one after the other */
     bool spill;
 };
 
@@ -35,15 +36,16 @@ static const MmaKernel *choose_kernel(const fad_attn_problem *p, const Device &d
     return best;
 }
 
-/* The Hopper kernel where it can run and pays, else null: few rows are the decode kernel's. */
+/* The Hopper kernel where it can run, else null. */
 static void choose_hopper(const fad_attn_problem *p, const Device &device, Plan *plan) {
     plan->hopper = nullptr;
 #ifdef FAD_HOPPER
     const fad_schedule *forced = fad_core->forced_schedule();
-    const int64_t rows = forced->tile_rows ? forced->tile_rows : typical_rows(p);
-    const bool wanted = device.compute == 90 && forced->kernel != 1 && (rows > 16 || forced->kernel == 2);
-    if (wanted && describe_keys(p, &plan->k_map, &plan->v_map))
-        plan->hopper = find_hopper_kernel(p);
+    if (device.compute != 90 || forced->kernel == 1)
+        return;
+    plan->hopper = find_hopper_kernel(p, forced->tile_rows ? forced->tile_rows : typical_rows(p));
+    if (!describe_keys(p, *plan->hopper, 1, &plan->k_map, &plan->v_map))
+        plan->hopper = nullptr;
 #else
     (void)p, (void)device;
 #endif
@@ -74,6 +76,20 @@ static int64_t split_run(const Plan &plan) {
             best = length, best_use = use;
     }
     return best;
+}
+
+static int64_t runs_of(const Plan &plan, int64_t n_splits) {
+    return (n_splits + plan.item_splits - 1) / plan.item_splits;
+}
+
+/* As many thread blocks to an item as the device has room for. */
+static int choose_team(const Plan &plan, int64_t items) {
+    const int most = plan.kernel->largest_team, forced = fad_core->forced_schedule()->team;
+    int team = min(most, 1);
+    if (plan.hopper)
+        while (team * 2 <= most && (forced ? team * 2 <= forced : items * team * 2 <= plan.resident))
+            team *= 2;
+    return team;
 }
 
 /* Kernels read and write rows 16 bytes at a time. The stride of a dimension of one element does not matter. */
@@ -121,13 +137,20 @@ static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
     const double states = 4.0 * p->Sq * p->Hq * p->Dv * plan->n_splits, keys = 2.0 * p->Sk * p->Hk * (p->D + p->Dv);
     const bool pays = states <= keys && plan->item_splits < plan->n_splits;
     plan->spill = !p->cu_seqlens_q && plan->n_splits > 1 && (forced ? forced == 2 : pays);
+    plan->team = choose_team(*plan, plan->spill ? plan->n_tiles * runs_of(*plan, plan->n_splits) : plan->n_tiles);
+#ifdef FAD_HOPPER
+    if (plan->team > 1)
+        describe_keys(p, *plan->hopper, plan->team, &plan->k_map, &plan->v_map);
+#endif
     return FAD_OK;
 }
 
 /* The counter of the items, on a line of its own, and then where running states rest. */
 constexpr size_t COUNTER_BYTES = 64;
 
-static int64_t grid_of(const Plan &plan, int64_t n_items) { return min(n_items, (int64_t)plan.resident); }
+static int64_t grid_of(const Plan &plan, int64_t n_items) {
+    return plan.team ? n_items * plan.team : min(n_items, (int64_t)plan.resident);
+}
 
 static size_t rest_bytes(const Plan &plan) {
     return plan.n_splits > 1 ? (size_t)grid_of(plan, plan.n_tiles) * plan.kernel->rest_bytes : 0;
@@ -144,18 +167,18 @@ static fad_status workspace(const fad_attn_problem *p, int32_t, size_t *bytes) {
 static fad_status run(const fad_attn_problem *p, const Plan &plan, const Work &work, int64_t grid, void *stream) {
     const MmaKernel &kernel = *plan.kernel;
     if (plan.hopper)
-        return launch(plan.hopper->run, grid, kernel.threads, kernel.shared_bytes, stream, *p, work, plan.k_map,
-                      plan.v_map);
-    return launch(kernel.run, grid, kernel.threads, kernel.shared_bytes, stream, *p, work);
+        return launch(plan.hopper->run, grid, kernel.threads, kernel.shared_bytes, stream,
+                      {plan.team, false}, *p, work, plan.k_map, plan.v_map);
+    return launch(kernel.run, grid, kernel.threads, kernel.shared_bytes, stream, {}, *p, work);
 }
 
 static fad_status run_splits(const fad_attn_problem *p, const Plan &plan, const fad_partials &partials,
                              int64_t n_splits, void *stream) {
-    const int64_t runs = (n_splits + plan.item_splits - 1) / plan.item_splits;
     fad_partials of_splits = partials; /* a sink's state, if there is one, is not the kernel's */
     of_splits.n_splits = n_splits;
-    const Work work = {plan.n_tiles * runs, plan.n_tiles, plan.item_splits, nullptr, nullptr, of_splits};
-    return run(p, plan, work, work.n_items, stream);
+    const Work work = {plan.n_tiles * runs_of(plan, n_splits), plan.n_tiles, plan.item_splits, nullptr, nullptr,
+                       of_splits};
+    return run(p, plan, work, plan.team ? grid_of(plan, work.n_items) : work.n_items, stream);
 }
 
 /* Every tile with all its splits. Thread blocks take tiles one after the other, because each has a place where its
@@ -163,7 +186,7 @@ static fad_status run_splits(const fad_attn_problem *p, const Plan &plan, const 
 static fad_status run_tiles(const fad_attn_problem *p, const Plan &plan, const fad_runtime *runtime) {
     Work work = {plan.n_tiles, plan.n_tiles, plan.n_splits, nullptr, (char *)runtime->workspace + COUNTER_BYTES, {}};
     const int64_t grid = grid_of(plan, work.n_items);
-    if (grid < work.n_items) {
+    if (!plan.team && grid < work.n_items) {
         work.counter = (unsigned long long *)runtime->workspace;
         TRY_CUDA(cudaMemsetAsync(work.counter, 0, COUNTER_BYTES, (cudaStream_t)runtime->stream));
     }

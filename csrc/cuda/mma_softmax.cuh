@@ -85,6 +85,16 @@ static __device__ __forceinline__ void apply_options(ScoreTile &s, const RowView
     }
 }
 
+/* N5 for one score: the same where there are too many to turn. */
+static __device__ __noinline__ float score_with_options(float s, float scaled, float softcap, float slope, int distance,
+                                                        bool alibi) {
+    const float x = fad_f32_scaled_score(s, scaled, softcap);
+    return alibi ? fad_f32_fma(slope, fabsf((float)distance), x) : x;
+}
+static __device__ __forceinline__ float score_with_options(float s, const ScoreRule &rule, const RowView &row, int key) {
+    return score_with_options(s, rule.scaled, rule.softcap, row.slope, row.pos - key, rule.alibi);
+}
+
 /* The rows of a tile in shared memory. */
 template <int ROWS> struct RowTable {
     int lo[ROWS], hi[ROWS], pos[ROWS];

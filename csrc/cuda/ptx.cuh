@@ -20,6 +20,54 @@ template <int PENDING> static __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+/* A barrier in shared memory: a phase completes with its `count`th arrival. */
+typedef uint64_t MemoryBarrier;
+
+static __device__ __forceinline__ void barrier_init(MemoryBarrier &barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(count) : "memory");
+}
+static __device__ __forceinline__ void barrier_arrive(MemoryBarrier &barrier) {
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(&barrier))
+                 : "memory");
+}
+/* Arrives when the copies that this thread has started so far are there. */
+static __device__ __forceinline__ void barrier_arrive_copied(MemoryBarrier &barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+/* Waits until the phase of this parity has completed; the phase before the first counts as one of parity 1. */
+static __device__ __forceinline__ void barrier_wait(MemoryBarrier &barrier, unsigned parity) {
+#if __CUDA_ARCH__ >= 900
+#define FAD_WAIT "mbarrier.try_wait" /* sleeps a while */
+#else
+#define FAD_WAIT "mbarrier.test_wait"
+#endif
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n" FAD_WAIT ".parity.shared.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n"
+                 "}" ::"r"(shared_address(&barrier)),
+                 "r"(parity)
+                 : "memory");
+#undef FAD_WAIT
+}
+/* A barrier of some warps; id 0 is __syncthreads. */
+static __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/* From here on the next kernel in the stream may start, if it waits for this one where it must: both do nothing before
+ * compute capability 9.0, and nothing unless it has been launched that way. */
+static __device__ __forceinline__ void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+static __device__ __forceinline__ void wait_for_last_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 /* Four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8, 16 bytes. */
 static __device__ __forceinline__ void ldmatrix(unsigned (&r)[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -108,4 +108,38 @@ static __device__ bool share_item(const fad_attn_problem &p, const Work &work, i
     return t.exists;
 }
 
+/* A range's blocks in chunks that never cross a split (N3). */
+struct Chunk {
+    int first, blocks; /* no blocks: the end */
+    int to_split_end;
+
+    __device__ Chunk(const KeyRange &range, int most) : first(0), to_split_end(range.to_split_end) {
+        blocks = min(min(range.blocks, to_split_end), most);
+    }
+    __device__ __forceinline__ bool ends_split(const KeyRange &range) const {
+        return blocks == to_split_end || first + blocks == range.blocks;
+    }
+    __device__ __forceinline__ void advance(const KeyRange &range, int most) {
+        first += blocks;
+        to_split_end -= blocks;
+        if (to_split_end == 0)
+            to_split_end = range.split_blocks;
+        blocks = min(min(range.blocks - first, to_split_end), most);
+    }
+};
+
+/* A position in a ring of buffers, and whether it has gone round an odd number of times. */
+struct Ring {
+    int index = 0;
+    unsigned round = 0;
+    template <int SIZE> __device__ __forceinline__ void advance() {
+        if (++index == SIZE)
+            index = 0, round ^= 1;
+    }
+    template <int SIZE> __device__ __forceinline__ Ring after(int steps) const {
+        const int at = index + steps;
+        return {at % SIZE, round ^ (at / SIZE & 1)};
+    }
+};
+
 #endif

@@ -14,8 +14,9 @@
  *                 mask kind, split_size, arithmetic family, contract version. Nothing else of the call can reach them.
  * N2  Position.   Keys are numbered from their sequence's first key (k_pos for a cache that dropped its oldest keys), never
  *                 from the buffer. Query row i of n_q stands at k_pos + n_k - n_q + i.                            (mask.h)
- * N3  Partition.  A block is BLOCK_KV keys and a split is split_size keys, both at absolute multiples of position. The
- *                 running reference may change only at a block; each split starts from the empty state
+ * N3  Partition.  A block is BLOCK_KV keys in the fma family and MMA_BLOCK_KV in mma. A split is split_size keys, a
+ *                 multiple of MMA_BLOCK_KV in both families. Blocks and splits lie at absolute multiples of position. The
+ *                 running reference may change only at a block of the family; each split starts from the empty state
  *                 (m = SENTINEL, l = 0, O = 0).                                                                (mask.h)
  * N4  Visibility. Row at position p sees positions in [p - left, p + right] that exist (causal: right = 0). A key outside
  *                 contributes exactly nothing: no term in the maximum, in l or in O, whatever its bits. Blocks, splits
@@ -24,9 +25,9 @@
  *                 c = scale * log2(e), a product in fp64 rounded to the compute type, and x = s. Otherwise c = log2(e)
  *                 and x = s * scale, or x = softcap * tanh(s * (scale / softcap)), the quotient in fp64 and rounded; then
  *                 with ALiBi x = fma(-slope, |pos_q - pos_k|, x).                                           (softmax.inc)
- * N6  Reference.  The running reference m of a row is an integer. At each block m' = max(m, ref(max_j x_j)), where
- *                 ref(x) is the integer nearest to the exact product x * c if the rounded one is within LIMIT, and the
- *                 integer nearest to the rounded one beyond.
+ * N6  Reference.  The running reference m of a row is an integer. At each block of the family (N3)
+ *                 m' = max(m, ref(max_j x_j)) over the block's keys j, where ref(x) is the integer nearest to the exact
+ *                 product x * c if the rounded one is within LIMIT, and the integer nearest to the rounded one beyond.
  *                 O and l are multiplied by 2^(m - m') (0 below 2^MIN_EXP) before the block's first key, then
  *                 p_j = exp2(fma(x_j, c, -m')), or exp2(x_j * c - m') with two roundings where |m'| > LIMIT. A maximum
  *                 ignores NaN; a NaN score makes p NaN.                                                     (softmax.inc)
@@ -39,9 +40,9 @@
  *                 chain of steps over keys ascending, 16 at a time at absolute multiples of position, of p rounded to
  *                 the input type and v; what is masked or missing counts as 0 and is exact. l sums p as
  *                 rounded for O, so that their quotient does not see what rounding did to a heavy key, in four lanes
- *                 t = 0..3: within a block, b_t = sum over i = 0..7, ascending, of (p_{8i+2t} + p_{8i+2t+1}), keys
- *                 counted from the block's first; then l_t = l_t * 2^(m - m') + b_t; at the end of a split
- *                 l = (l_0 + l_1) + (l_2 + l_3).
+ *                 t = 0..3: within a block of MMA_BLOCK_KV = 128 keys, b_t = sum over i = 0..15, ascending, of
+ *                 (p_{8i+2t} + p_{8i+2t+1}), keys counted from the block's first; then l_t = l_t * 2^(m - m') + b_t;
+ *                 at the end of a split l = (l_0 + l_1) + (l_2 + l_3).
  * N8  Fold.       Splits are folded in ascending order into the empty state: M' = max(M, m_c),
  *                 O = O * 2^(M - M') + O_c * 2^(m_c - M'), l likewise, M = M'; each product and the sum rounded once. The
  *                 sink z of a head is folded last, as the state m = max(SENTINEL, ref(z)), l = exp2(z * log2(e) - m) by

@@ -36,7 +36,7 @@ def workload(device: str) -> list[tuple[Setting, str]]:
 def audit(setting: Setting, arithmetic: str, rows: int, seed: int) -> tuple[list[str], str | None]:
     """Table row, and what is wrong, of one call."""
     q, k, v = setting.tensors(BATCH)
-    options = {**setting.options(), "arithmetic": arithmetic}
+    options = {**setting.options(), "arithmetic": arithmetic, "split_size": backends.SPLIT}
     result = fad.attn(q, k, v, **options, return_lse=True)
     found = fad.audit(q, k, v, *result, **options, rows=rows, seed=seed)
     control = {**options, "arithmetic": "fma", "split_size": backends.BLOCK, "rows": max(rows, CONTROL_ROWS)}

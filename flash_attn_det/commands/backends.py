@@ -8,8 +8,8 @@ import torch
 
 import flash_attn_det as fad
 
-BLOCK = fad.contract()["BLOCK_KV"]
-SPLIT = fad.contract()["DEFAULT_SPLIT_SIZE"]
+BLOCK = fad.contract()["MMA_BLOCK_KV"]  # the smallest split, and whole blocks of either family
+SPLIT = 4 * BLOCK  # of every claim: less than the default, so that a few thousand keys are several splits
 KEYS = 3 * SPLIT + 241  # three splits and a ragged rest
 PREFILL_KEYS = SPLIT + 101
 

@@ -141,7 +141,7 @@ def rolling_window(backend: Backend) -> list[Comparison]:
     """A full cache, and one that has dropped the keys that no row sees any more."""
 
     def comparison(setting: Setting) -> Comparison:
-        q, k, v = setting.tensors(2)
+        q, k, v = setting.tensors(8)  # as many as the control needs
         window = (SPLIT // 2, -1)
 
         def expected(library: Library) -> Rows:
@@ -149,7 +149,7 @@ def rolling_window(backend: Backend) -> list[Comparison]:
 
         def variants(library: Library) -> Iterator[Rows]:
             for dropped in (1, BLOCK + 3, setting.Sk - SPLIT // 2 - 1):
-                first = setting.int32([dropped, dropped])
+                first = setting.int32([dropped] * 8)
                 yield library.attend(q, k[:, dropped:], v[:, dropped:], causal=True, window=window, k_pos=first)
 
         return Comparison(setting.label, expected, variants, variants)

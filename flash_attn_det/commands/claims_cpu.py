@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flash_attn_det import _schedule
 from flash_attn_det.commands import measure
-from flash_attn_det.commands.backends import Backend, Setting
+from flash_attn_det.commands.backends import SPLIT, Backend, Setting
 from flash_attn_det.commands.claims import same, whole_call
 from flash_attn_det.commands.invariance import Check, Comparison
 from flash_attn_det.commands.libraries import Library, Rows
@@ -107,7 +107,7 @@ def plain_torch(backend: Backend) -> list[Comparison]:
             return library.attend(q, k, v, **setting.options())
 
         def variants(library: Library) -> Iterator[Rows]:
-            yield Rows(*attn_reference(q, k, v, **setting.options(), return_lse=True))
+            yield Rows(*attn_reference(q, k, v, **setting.options(), split_size=SPLIT, return_lse=True))
 
         return Comparison(setting.label, expected, variants, None)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flash_attn_det.commands.backends import BLOCK, Backend
+from flash_attn_det.commands.backends import BLOCK, SPLIT, Backend
 from flash_attn_det.commands.libraries import Library, Ours, Rows, Torch, flash_first
 from flash_attn_det.testing import bits_differ
 
@@ -70,7 +70,7 @@ def _share(counts: tuple[int, int]) -> float:
 def evaluate(check: Check, backend: Backend) -> Outcome:
     """Run a check with its two controls."""
     outcome = Outcome(check.title)
-    ours, other_split = Ours(backend.arithmetic), Ours(backend.arithmetic, split_size=BLOCK)
+    ours, other_split = (Ours(backend.arithmetic, split_size) for split_size in (SPLIT, BLOCK))
     with torch.inference_mode(), flash_first(backend.device):
         for comparison in check.comparisons(backend):
             expected = comparison.expected(ours)

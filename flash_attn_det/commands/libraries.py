@@ -45,7 +45,7 @@ class Ours:
     """This library, with one arithmetic family and split size."""
 
     arithmetic: str
-    split_size: int | None = None
+    split_size: int
     filler: ClassVar[float] = float("nan")
 
     def _settings(self) -> dict[str, object]:

@@ -40,8 +40,9 @@ INVARIANCE_NOTE = (
     "torch: the same comparison with scaled_dot_product_attention on the same inputs (out only; on a GPU its flash "
     "kernel where that takes the call), in the case where the largest share differs; where that is 0 or has no such "
     "form, the next column speaks alone. "
-    "other split size: share that changes when only the split size does, in the case where it is smallest; above 0, or "
-    "the inputs are too tame to prove anything."
+    f"other split size: share that changes when splits of {backends.SPLIT} keys, which the claims are checked with, "
+    f"become splits of {backends.BLOCK}, in the case where it is smallest; above 0, or the inputs are too tame to "
+    "prove anything."
 )
 ACCURACY_NOTE = (
     "Largest and root-mean-square error of out against dense attention in float64, on the same inputs. torch: its "

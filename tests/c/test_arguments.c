@@ -6,10 +6,10 @@
 
 #include "../../csrc/flash_attn_det.h"
 
-enum { B = 2, SQ = 3, SK = 70, HQ = 4, HK = 2, DIM = 8, SPLIT = 64 };
+enum { B = 2, SQ = 3, SK = 140, HQ = 4, HK = 2, DIM = 8, SPLIT = 128 };
 
 static float q[B * SQ * HQ * DIM], k[B * SK * HK * DIM], v[B * SK * HK * DIM], out[B * SQ * HQ * DIM], lse[B * HQ * SQ];
-static int32_t cu_q[] = {0, 3, 6}, cu_k[] = {0, 70, 140};
+static int32_t cu_q[] = {0, 3, 6}, cu_k[] = {0, 140, 280};
 static _Alignas(64) char workspace[1 << 20];
 
 static fad_attn_problem dense(void) {
@@ -99,8 +99,8 @@ static void problems(void) {
     REFUSED("left window is -2", p.window_left = -2);
     REFUSED("right window is -7", p.window_right = -7);
     REFUSED("split_size is 0", p.split_size = 0);
-    REFUSED("split_size is -64", p.split_size = -64);
-    REFUSED("split_size is 96", p.split_size = 96);
+    REFUSED("split_size is -128", p.split_size = -128);
+    REFUSED("split_size is 64", p.split_size = 64);
     REFUSED("dtype is 9", p.dtype = (fad_dtype)9);
     REFUSED("device is 9", p.device = (fad_device)9);
     REFUSED("arithmetic is 9", p.arithmetic = (fad_arithmetic)9);
@@ -111,13 +111,13 @@ static void problems(void) {
     REFUSED("only one of cu_seqlens_q and cu_seqlens_k", p.cu_seqlens_q = cu_q);
     REFUSED("seqused_q[1] is 4", bad[0] = 3; bad[1] = 4; p.seqused_q = bad);
     REFUSED("seqused_k[0] is -1", bad[0] = -1; p.seqused_k = bad);
-    REFUSED("seqused_k[0] is 71", bad[0] = 71; p.seqused_k = bad);
-    REFUSED("leftpad_k[1] is 71", bad[0] = 0; bad[1] = 71; p.leftpad_k = bad);
-    REFUSED("seqused_k[0] is 50", bad[0] = 50; bad[1] = 50; p.leftpad_k = bad; p.seqused_k = bad);
+    REFUSED("seqused_k[0] is 141", bad[0] = 141; p.seqused_k = bad);
+    REFUSED("leftpad_k[1] is 141", bad[0] = 0; bad[1] = 141; p.leftpad_k = bad);
+    REFUSED("seqused_k[0] is 100", bad[0] = 100; bad[1] = 100; p.leftpad_k = bad; p.seqused_k = bad);
     REFUSED("k_pos[1] is -5", bad[0] = 0; bad[1] = -5; p.k_pos = bad);
     REFUSED_PACKED("cu_seqlens_q[0] is 1", bad[0] = 1; bad[1] = 3; bad[2] = 6; p.cu_seqlens_q = bad);
     REFUSED_PACKED("cu_seqlens_k falls from 100 to 50", bad[0] = 0; bad[1] = 100; bad[2] = 50; p.cu_seqlens_k = bad);
-    REFUSED_PACKED("cu_seqlens_k ends at 141", bad[0] = 0; bad[1] = 100; bad[2] = 141; p.cu_seqlens_k = bad);
+    REFUSED_PACKED("cu_seqlens_k ends at 281", bad[0] = 0; bad[1] = 100; bad[2] = 281; p.cu_seqlens_k = bad);
     REFUSED_PACKED("leftpad_k", bad[0] = bad[1] = 0; p.leftpad_k = bad);
     REFUSED_FROM(dense, FAD_UNSUPPORTED, "CUDA", p.device = FAD_CUDA);
     REFUSED_FROM(dense, FAD_UNSUPPORTED, "mma", p.arithmetic = FAD_ARITHMETIC_MMA);
@@ -196,6 +196,7 @@ static void constants(void) {
         CHECK(fad_constant(name, &value) == FAD_OK, "%s: %s", name, fad_last_error());
     CHECK(n >= 5 && !fad_constant_name(n + 1) && !fad_constant_name(-1), "%d names", n);
     CHECK(fad_constant("BLOCK_KV", &value) == FAD_OK && value == 64, "BLOCK_KV is %lld", (long long)value);
+    CHECK(fad_constant("MMA_BLOCK_KV", &value) == FAD_OK && value == 128, "MMA_BLOCK_KV is %lld", (long long)value);
     value = -7;
     CHECK(fad_constant("NO_SUCH_CONSTANT", &value) == FAD_INVALID_ARGUMENT && value == -7, "unknown name");
     CHECK(strstr(fad_last_error(), "NO_SUCH_CONSTANT"), "%s", fad_last_error());

@@ -175,7 +175,7 @@ static void parallel_for(int64_t n, fad_range_fn fn, void *ctx) {
 
 static int same_bits(const void *a, const void *b, size_t bytes) { return !memcmp(a, b, bytes); }
 
-enum { MAX_B = 3, MAX_ROWS = 90, MAX_KEYS = 200 };
+enum { MAX_B = 3, MAX_ROWS = 90, MAX_KEYS = 400 };
 
 static int32_t array[6][MAX_B + 1];
 enum { CU_Q, CU_K, USED_Q, USED_K, LEFTPAD, POS };
@@ -347,10 +347,10 @@ static void one_call(uint64_t seed) {
     random_lengths(&rng, &p, rows, random_in(&rng, 0, MAX_KEYS), packed);
     p.scale = random_in(&rng, 0, 3) ? 0.25 : (double)random_in(&rng, -10, 10) / 8;
     p.causal = (int32_t)random_in(&rng, 0, 1);
-    p.window_left = random_in(&rng, 0, 1) ? -1 : random_in(&rng, 0, 150);
-    p.window_right = random_in(&rng, 0, 1) ? -1 : random_in(&rng, 0, 150);
+    p.window_left = random_in(&rng, 0, 1) ? -1 : random_in(&rng, 0, 300);
+    p.window_right = random_in(&rng, 0, 1) ? -1 : random_in(&rng, 0, 300);
     p.softcap = random_in(&rng, 0, 2) ? 0 : 2.5;
-    p.split_size = 64 * random_in(&rng, 1, 4);
+    p.split_size = FAD_MMA_BLOCK_KV * random_in(&rng, 1, 3);
     for (int i = 0; i < MAX_B * 8; i++)
         slopes_f32[i] = (float)(slopes_f64[i] = (double)random_in(&rng, -64, 64) / 256);
     for (int i = 0; i < 8; i++)
