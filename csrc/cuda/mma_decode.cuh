@@ -438,13 +438,16 @@ template <class S> struct MmaDecode {
         unsigned b[S::WARP_PAIRS][4];
 #pragma unroll
         for (int i = 0; i < S::WARP_PAIRS; i++)
-            ldmatrix_transposed(b[i], v + (i == 0 ? value_lane : value_offset(warp + i * DECODE_WARPS)));
+            if (i == 0 || has_pair(i))
+                ldmatrix_transposed(b[i], v + (i == 0 ? value_lane : value_offset(warp + i * DECODE_WARPS)));
 #pragma unroll
         for (int mt = 0; mt < S::MT; mt++) {
             const uint4 a = p_unit[mt][0][lane];
             const unsigned fragment[4] = {a.x, a.y, a.z, a.w};
 #pragma unroll
             for (int i = 0; i < S::WARP_PAIRS; i++) {
+                if (i > 0 && !has_pair(i))
+                    continue;
                 if (PARTIAL && __any_sync(~0u, (exponents_full<S::T>(b[i][0]) | exponents_full<S::T>(b[i][1]) |
                                                 exponents_full<S::T>(b[i][2]) | exponents_full<S::T>(b[i][3])) != 0)) {
                     guarded_step(i, mt, a, b[i], key);

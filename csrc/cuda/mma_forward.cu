@@ -85,10 +85,11 @@ static int64_t runs_of(const Plan &plan, int64_t n_splits) {
 /* As many thread blocks to an item as the device has room for. */
 static int choose_team(const Plan &plan, int64_t items) {
     const int most = plan.kernel->largest_team, forced = fad_core->forced_schedule()->team;
-    int team = min(most, 1);
-    if (plan.hopper)
-        while (team * 2 <= most && (forced ? team * 2 <= forced : items * team * 2 <= plan.resident))
-            team *= 2;
+    int team = 1;
+    if (most == 0)
+        return 0;
+    while (plan.hopper && team * 2 <= most && (forced ? team * 2 <= forced : items * team * 2 <= plan.resident))
+        team *= 2;
     return team;
 }
 
