@@ -45,7 +45,9 @@ template <class S> struct MmaDecodeShared {
     float x_max[2][S::UNITS][S::ROWS];          /* largest scores of the keys of a warp of the team; of two chunks */
     char q[S::ROWS * S::D * 2];                 /* and out, staged */
     float l[S::ROWS];
-    float alpha[DECODE_WARPS][S::CHUNK_BLOCKS][S::ROWS]; /* each warp's own: the rescale factor before a block */
+    float alpha[DECODE_WARPS][S::CHUNK_BLOCKS][S::ROWS]; /* each warp's own: the rescale factor before a block, */
+    float total_m[DECODE_WARPS][S::ROWS], total_l[DECODE_WARPS][S::ROWS]; /* and the state of the splits before, */
+    float4 rest[S::WARP_PAIRS][S::MT][2][DECODE_CONSUMERS];               /* whose O rests here */
     RowTable<S::ROWS> rows;
     Tile t;
     KeyRange range;
@@ -168,7 +170,8 @@ template <class S> struct MmaDecode {
     MmaDecodeShared<S> &sm;
     const Team<S> team;
     const ScoreRule rule;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = opaque(threadIdx.x / 32), lane = opaque(threadIdx.x % 32);
+    const int whole = sm.range.whole, n_whole = sm.range.n_whole;
     const int first_unit = (team.rank * team.warps() + warp) << team.log_warp_units(); /* of this warp, in a chunk */
     const int value_lane;  /* of this lane's row in a fragment of V of pair 0: bytes */
     Ring ring;             /* the next slot */
@@ -177,14 +180,18 @@ template <class S> struct MmaDecode {
     /* One or two rows a lane, row lane % 16 or lane + 32 i: the running reference after the last chunk whose P has been
      * made, and after the block of it in which this warp's units are. */
     float m[S::LANE_ROWS], reference[S::LANE_ROWS];
-    float o[S::WARP_PAIRS][S::MT][2][4];    /* O of the split: this warp's pairs of n8 tiles */
-    float rest[S::WARP_PAIRS][S::MT][2][4]; /* the running O of the splits before, */
-    RowPair total[S::MT];                   /* and their state */
-    float l[S::MT][2];                      /* the summing warp's lanes: l_t of rows g and g + 8 */
+    float o[S::WARP_PAIRS][S::MT][2][4]; /* O of the split, at last of all: this warp's pairs of n8 tiles */
+    float l[S::MT][2];                   /* the summing warp's lanes: l_t of rows g and g + 8 */
 
     __device__ MmaDecode(const fad_attn_problem &problem, MmaDecodeShared<S> &shared)
         : p(problem), sm(shared), rule(problem), value_lane(value_offset(warp)) {}
 
+    /* The compiler would read the register of the thread's number again and again, which takes longer than a sum. */
+    static __device__ __forceinline__ int opaque(int x) {
+        asm volatile("" : "+r"(x));
+        return x;
+    }
+    __device__ __forceinline__ bool is_partial(int block) const { return (unsigned)(block - whole) >= (unsigned)n_whole; }
     __device__ __forceinline__ void sync() const { named_barrier_sync(1, DECODE_CONSUMERS); }
 
     /* Writes to the same place in every thread block of the team. */
@@ -307,7 +314,7 @@ template <class S> struct MmaDecode {
             const char *k_slot = sm.ring[at.index];
             const int block = chunk.first + first_unit / BLOCK_UNITS, first = own % SLOT_KEYS,
                       sharing = SLOT_KEYS / UNIT_KEYS >> team.log_warp_units(); /* warps */
-            const bool partial = sm.range.partial(block);
+            const bool partial = is_partial(block);
             barrier_wait(sm.full[at.index], at.round);
             if (team.log_warp_units() == S::LOG_WARP_UNITS)
                 unit_scores<S::WARP_UNITS>(s, k_slot, first);
@@ -362,6 +369,7 @@ template <class S> struct MmaDecode {
 #pragma unroll
         for (int mt = 0; mt < S::MT; mt++) {
             const float now[2] = {of_row(reference, mt * 16 + lane / 4), of_row(reference, mt * 16 + lane / 4 + 8)};
+            const bool far = __any_sync(~0u, (fabsf(now[0]) > FAD_F32_LIMIT) | (fabsf(now[1]) > FAD_F32_LIMIT));
 #pragma unroll
             for (int u = 0; u < S::WARP_UNITS; u++)
                 if (u < team.warp_units()) {
@@ -369,8 +377,10 @@ template <class S> struct MmaDecode {
 #pragma unroll
                     for (int i = 0; i < 4; i++) { /* tile i / 2, row g or g + 8 */
                         const float *x = &s[u][mt][i / 2][i % 2 * 2];
-                        a[i] = pack2<S::T>(ex2(far_argument(x[0], rule.c, now[i % 2])),
-                                           ex2(far_argument(x[1], rule.c, now[i % 2])));
+                        float y[2] = {fad_f32_fma(x[0], rule.c, -now[i % 2]), fad_f32_fma(x[1], rule.c, -now[i % 2])};
+                        if (far)
+                            y[0] = far_argument(x[0], rule.c, now[i % 2]), y[1] = far_argument(x[1], rule.c, now[i % 2]);
+                        a[i] = pack2<S::T>(ex2(y[0]), ex2(y[1]));
                     }
                     publish(sm.p[buffer][mt][first_unit + u][lane], make_uint4(a[0], a[1], a[2], a[3]));
                 }
@@ -498,7 +508,7 @@ template <class S> struct MmaDecode {
                     continue;
                 const int key = (chunk.first * BLOCK_UNITS + unit) * UNIT_KEYS;
                 const auto p_unit = (const uint4(*)[S::UNITS][32]) & sm.p[buffer][0][unit];
-                if (sm.range.partial(chunk.first + block)) {
+                if (is_partial(chunk.first + block)) {
 #pragma unroll 1
                     for (int u = 0; u < STEP; u++)
                         unit_values<true>(v + u * unit_bytes, (const uint4(*)[S::UNITS][32]) & p_unit[0][u],
@@ -529,7 +539,22 @@ template <class S> struct MmaDecode {
 
     /* ---- splits ---- */
 
-    /* N8, N9: the end of the nth split of the range. */
+    __device__ __forceinline__ RowPair total(int mt) const {
+        const float *m_of = &sm.total_m[warp][mt * 16 + lane / 4], *l_of = &sm.total_l[warp][mt * 16 + lane / 4];
+        return {{m_of[0], m_of[8]}, {l_of[0], l_of[8]}};
+    }
+    __device__ __forceinline__ void set_total(int mt, const RowPair &state) const {
+        __syncwarp(); /* it has been read */
+        if (lane % 4 == 0)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                sm.total_m[warp][mt * 16 + lane / 4 + half * 8] = state.m[half];
+                sm.total_l[warp][mt * 16 + lane / 4 + half * 8] = state.l[half];
+            }
+        __syncwarp(); /* it may be read */
+    }
+
+    /* N8, N9: the end of the nth split of the range; o and total become those of all splits so far. */
     __device__ __forceinline__ void close_split(const fad_partials &partials, int nth) {
         const int g = lane / 4;
         if (sums())
@@ -556,18 +581,20 @@ template <class S> struct MmaDecode {
                     spill_rows(p, sm.t, partials, sm.range.split + nth, 16 * mt, part, o[i][mt], pair_dim(i),
                                pair_dim(i) == 0);
                 else if (nth > 0)
-                    fold_into(total[mt],
-                              [&](int n) {
-                                  const float *r = rest[i][mt][n];
-                                  return make_float4(r[0], r[1], r[2], r[3]);
-                              },
-                              sum, o[i][mt]);
-#pragma unroll
-                for (int e = 0; e < 8; e++)
-                    rest[i][mt][e / 4][e % 4] = o[i][mt][e / 4][e % 4];
+                    fold_into(total(mt), [&](int n) { return sm.rest[i][mt][n][threadIdx.x]; }, sum, o[i][mt]);
             }
-            total[mt] = sum;
+            set_total(mt, sum);
         }
+    }
+
+    /* Between two splits. */
+    __device__ __forceinline__ void start_split() {
+#pragma unroll
+        for (int i = 0; i < S::WARP_PAIRS; i++)
+#pragma unroll
+            for (int mt = 0; mt < S::MT; mt++)
+                if (has_pair(i))
+                    rest_state(&sm.rest[i][mt][0][threadIdx.x], DECODE_CONSUMERS, o[i][mt]);
         clear();
     }
 
@@ -576,7 +603,6 @@ template <class S> struct MmaDecode {
         Chunk ahead(sm.range, S::CHUNK_BLOCKS), now = ahead, before = ahead; /* whose S, P and O are to be computed */
         int splits = 0, buffer = 0;
         bool now_starts = true;
-        clear();
         expect(maxima_bytes(ahead));
         scores(ahead, buffer);
         ahead.advance(sm.range, S::CHUNK_BLOCKS);
@@ -588,8 +614,11 @@ template <class S> struct MmaDecode {
                 expect(probability_bytes(now) + maxima_bytes(ahead));
             if (before.blocks > 0) {
                 values(before, buffer ^ 1);
-                if (before.ends_split(sm.range))
+                if (before.ends_split(sm.range)) {
                     close_split(partials, splits++);
+                    if (now.blocks > 0)
+                        start_split();
+                }
             }
             if (now.blocks > 0) {
                 advance(now, buffer, now_starts);
@@ -614,7 +643,7 @@ template <class S> struct MmaDecode {
 #pragma unroll
             for (int mt = 0; mt < S::MT; mt++)
                 if (has_pair(i))
-                    finish_rows<S::T, S::CHUNKS>(p, sm.t, 16 * mt, total[mt], rest[i][mt], sm.q, pair_dim(i),
+                    finish_rows<S::T, S::CHUNKS>(p, sm.t, 16 * mt, total(mt), o[i][mt], sm.q, pair_dim(i),
                                                  pair_dim(i) == 0);
         sync(); /* out is staged */
         const int chunks = team.dims() / 8, first = team.rank * chunks;
@@ -632,15 +661,10 @@ template <class S> struct MmaDecode {
         cp_async_commit();
         cp_async_wait<0>();
         sync(); /* q and the rows' table may be read */
+        clear();
 #pragma unroll
-        for (int mt = 0; mt < S::MT; mt++) {
-            total[mt] = {{FAD_F32_SENTINEL, FAD_F32_SENTINEL}, {0, 0}};
-#pragma unroll
-            for (int i = 0; i < S::WARP_PAIRS; i++)
-#pragma unroll
-                for (int e = 0; e < 8; e++)
-                    rest[i][mt][e / 4][e % 4] = 0;
-        }
+        for (int mt = 0; mt < S::MT; mt++)
+            set_total(mt, {{FAD_F32_SENTINEL, FAD_F32_SENTINEL}, {0, 0}});
         const int splits = sm.range.blocks > 0 ? run(partials) : 0;
         if (!partials.o) {
             finish();
