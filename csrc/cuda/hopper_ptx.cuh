@@ -78,6 +78,10 @@ static __device__ __forceinline__ unsigned address_in(const void *mine, int rank
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
     return address;
 }
+/* Arrives at a barrier there. */
+static __device__ __forceinline__ void barrier_arrive_in(unsigned address) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
+}
 /* Starts a store there; its bytes arrive at a barrier of that thread block. */
 static __device__ __forceinline__ void store_in(unsigned address, float x, unsigned barrier) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),

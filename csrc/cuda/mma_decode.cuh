@@ -1,11 +1,12 @@
 /* The split-KV kernel of the mma family for few query rows: 16 * MT packed rows.
  *
- * A range of keys is walked in chunks. Of each, a team of thread blocks computes S, every warp for some keys; then P,
- * as soon as all maxima are known, because references are integers and those of all blocks of a chunk can be found at
- * once (N6); then O, every warp for some value dims over all keys. A team is one thread block or, where there is little
- * to do, a cluster that shares keys and value dims and exchanges maxima and P: more multiprocessors work on one split
- * than its chain over keys (N7) would keep busy. In between there is one barrier a chunk: while O meets a chunk, P of the
- * next one is made, and S of the one after that. A warp of its own keeps K and V coming, by the copy engine or without. */
+ * A range of keys is walked in chunks. Of each, a team of thread blocks computes S, every score warp for some keys; then
+ * P, as soon as all maxima are known, because references are integers and those of all blocks of a chunk can be found at
+ * once (N6); then O, every value warp for some value dims over all keys. A team is one thread block or, where there is
+ * little to do, a cluster that shares keys and value dims and exchanges maxima and P: more multiprocessors work on one
+ * split than its chain over keys (N7) would keep busy. There is one exchange a chunk: between two of them O meets a
+ * chunk, P of the next one is made, and S of the one after that. A warp of its own keeps K and V coming, by the copy
+ * engine or without. */
 #ifndef FAD_CUDA_MMA_DECODE_CUH
 #define FAD_CUDA_MMA_DECODE_CUH
 
@@ -17,8 +18,9 @@
 
 constexpr int UNIT_KEYS = 16, BLOCK_UNITS = BLOCK_KEYS / UNIT_KEYS; /* a unit: the keys of one step */
 constexpr int SLOT_KEYS = 64;                                       /* keys of K in a slot */
-constexpr int DECODE_WARPS = 8, DECODE_CONSUMERS = DECODE_WARPS * 32, DECODE_THREADS = DECODE_CONSUMERS + 32;
-constexpr int SUMMING_WARP = DECODE_WARPS - 1; /* the one that sums P */
+constexpr int ROLE_WARPS = 8, ROLE_THREADS = ROLE_WARPS * 32; /* score warps, and then as many value warps */
+constexpr int DECODE_CONSUMERS = 2 * ROLE_THREADS, DECODE_THREADS = DECODE_CONSUMERS + 32;
+constexpr int SUMMING_WARP = ROLE_WARPS - 1; /* the value warp that sums P */
 
 template <fad_dtype T_, int D_, int MT_, int CHUNK_BLOCKS_, int SLOTS_, bool ENGINE_> struct MmaDecodeShape {
     static constexpr fad_dtype T = T_;
@@ -27,16 +29,17 @@ template <fad_dtype T_, int D_, int MT_, int CHUNK_BLOCKS_, int SLOTS_, bool ENG
     static constexpr bool ENGINE = ENGINE_; /* K and V come by the copy engine; only then may teams be clusters */
     static constexpr int CHUNKS = D / 8;    /* of 16 bytes, in a row of q */
     static constexpr int CHUNK_BLOCKS = CHUNK_BLOCKS_, UNITS = CHUNK_BLOCKS * BLOCK_UNITS; /* of a chunk */
-    static constexpr int WARP_UNITS = UNITS / DECODE_WARPS, LOG_WARP_UNITS = WARP_UNITS / 2; /* of them, a warp's: 1, 2, 4 */
+    static constexpr int WARP_UNITS = UNITS / ROLE_WARPS, LOG_WARP_UNITS = WARP_UNITS / 2; /* of them, a warp's: 1, 2, 4 */
     static constexpr int PAIRS = D / 16;                               /* of n8 tiles of O */
-    static constexpr int WARP_PAIRS = PAIRS > DECODE_WARPS ? PAIRS / DECODE_WARPS : 1;
+    static constexpr int WARP_PAIRS = PAIRS > ROLE_WARPS ? PAIRS / ROLE_WARPS : 1;
     static constexpr int SLOT = SLOT_KEYS * D * 2; /* bytes, of K or V */
     static constexpr int LANE_ROWS = (ROWS + 31) / 32;
     static constexpr int KEY_SLOTS = UNITS * UNIT_KEYS / SLOT_KEYS; /* of a chunk, for a team of one */
     static constexpr int LARGEST_TEAM = KEY_SLOTS < PAIRS ? KEY_SLOTS : PAIRS;
-    /* A warp waits for few of a chunk's slots of K. All slots before them must have been filled for certain, or it could
-     * take one round of a slot for another. */
-    static_assert(SLOTS >= KEY_SLOTS, "slots of K of one chunk are different");
+    /* Score warps wait for a few slots of K only. What was in those slots before must have been there for certain, or
+     * they could take one round of a slot for another: it is older than V of the chunk before, with which value warps
+     * may not have begun. */
+    static_assert(SLOTS >= 2 * KEY_SLOTS, "slots of V of a chunk and of K of the next are different");
 };
 
 template <class S> struct MmaDecodeShared {
@@ -45,14 +48,15 @@ template <class S> struct MmaDecodeShared {
     float x_max[2][S::UNITS][S::ROWS];          /* largest scores of the keys of a warp of the team; of two chunks */
     char q[S::ROWS * S::D * 2];                 /* and out, staged */
     float l[S::ROWS];
-    float alpha[DECODE_WARPS][S::CHUNK_BLOCKS][S::ROWS]; /* each warp's own: the rescale factor before a block, */
-    float total_m[DECODE_WARPS][S::ROWS], total_l[DECODE_WARPS][S::ROWS]; /* and the state of the splits before, */
-    float4 rest[S::WARP_PAIRS][S::MT][2][DECODE_CONSUMERS];               /* whose O rests here */
+    float alpha[ROLE_WARPS][S::CHUNK_BLOCKS][S::ROWS]; /* each value warp's own: the rescale factor before a block, */
+    float total_m[ROLE_WARPS][S::ROWS], total_l[ROLE_WARPS][S::ROWS]; /* and the state of the splits before, */
+    float4 rest[S::WARP_PAIRS][S::MT][2][ROLE_THREADS];                   /* whose O rests here */
     RowTable<S::ROWS> rows;
     Tile t;
     KeyRange range;
-    MemoryBarrier full[S::SLOTS], empty[S::SLOTS]; /* a slot has its data; every consuming warp is done with it */
-    /* What the warps of a team publish is there. Two, in turns: who has passed one may already send for the next. */
+    MemoryBarrier full[S::SLOTS], empty[S::SLOTS]; /* a slot has its data; the warps that use it are done with it */
+    /* What the score warps of a team publish is there, and its value warps are done with what will be overwritten. Two,
+     * in turns: who has passed one may already send for the next. */
     MemoryBarrier exchanged[2];
 };
 
@@ -68,7 +72,7 @@ template <class S> struct Team {
     __device__ __forceinline__ int units() const { return S::UNITS >> log_size; }
     __device__ __forceinline__ int log_warp_units() const { return max(S::LOG_WARP_UNITS - log_size, 0); }
     __device__ __forceinline__ int warp_units() const { return 1 << log_warp_units(); }
-    __device__ __forceinline__ int warps() const { return min(DECODE_WARPS, units()); } /* that have units */
+    __device__ __forceinline__ int warps() const { return min(ROLE_WARPS, units()); } /* that have units */
     __device__ __forceinline__ int pairs() const { return S::PAIRS >> log_size; }
     __device__ __forceinline__ int dims() const { return S::D >> log_size; }
     /* Slots of K and V that this thread block gets of a chunk. A slot of V has more keys if it has fewer dims. */
@@ -100,7 +104,7 @@ template <class S> struct MmaDecodeProducer {
         fill(sm.ring[ring.index], full);
         if constexpr (!S::ENGINE)
             barrier_arrive_copied(full);
-        ring.advance<S::SLOTS>();
+        ring.template advance<S::SLOTS>();
     }
 
     /* keys_of(chunk), values_of(chunk): copy what the consumers use of a chunk. */
@@ -165,26 +169,20 @@ template <class S> struct MmaDecodeProducer {
 
 /* ---- consumers ---- */
 
-template <class S> struct MmaDecode {
+/* What score warps and value warps have in common. */
+template <class S> struct DecodeWarp {
     const fad_attn_problem &p;
     MmaDecodeShared<S> &sm;
     const Team<S> team;
-    const ScoreRule rule;
-    const int warp = opaque(threadIdx.x / 32), lane = opaque(threadIdx.x % 32);
+    const int warp = opaque(threadIdx.x / 32 % ROLE_WARPS), lane = opaque(threadIdx.x % 32); /* warp: of its role */
     const int whole = sm.range.whole, n_whole = sm.range.n_whole;
-    const int first_unit = (team.rank * team.warps() + warp) << team.log_warp_units(); /* of this warp, in a chunk */
-    const int value_lane;  /* of this lane's row in a fragment of V of pair 0: bytes */
-    Ring ring;             /* the next slot */
-    Ring exchange;         /* the next exchange of the team */
-    float s[S::WARP_UNITS][S::MT][2][4]; /* scores of this warp's units: [n8 tile][as in mma_step] */
-    /* One or two rows a lane, row lane % 16 or lane + 32 i: the running reference after the last chunk whose P has been
-     * made, and after the block of it in which this warp's units are. */
-    float m[S::LANE_ROWS], reference[S::LANE_ROWS];
-    float o[S::WARP_PAIRS][S::MT][2][4]; /* O of the split, at last of all: this warp's pairs of n8 tiles */
-    float l[S::MT][2];                   /* the summing warp's lanes: l_t of rows g and g + 8 */
+    const float c; /* N5 */
+    Ring ring;     /* the next slot */
+    Ring exchange; /* the next exchange of the team */
+    float m[S::LANE_ROWS]; /* the running reference of row lane % 16, or of rows lane and lane + 32 */
 
-    __device__ MmaDecode(const fad_attn_problem &problem, MmaDecodeShared<S> &shared)
-        : p(problem), sm(shared), rule(problem), value_lane(value_offset(warp)) {}
+    __device__ DecodeWarp(const fad_attn_problem &problem, MmaDecodeShared<S> &shared, float factor)
+        : p(problem), sm(shared), c(factor) {}
 
     /* The compiler would read the register of the thread's number again and again, which takes longer than a sum. */
     static __device__ __forceinline__ int opaque(int x) {
@@ -192,7 +190,63 @@ template <class S> struct MmaDecode {
         return x;
     }
     __device__ __forceinline__ bool is_partial(int block) const { return (unsigned)(block - whole) >= (unsigned)n_whole; }
-    __device__ __forceinline__ void sync() const { named_barrier_sync(1, DECODE_CONSUMERS); }
+
+    /* The score warps have published, the value warps are done; all of the team. */
+    __device__ __forceinline__ void wait_for_exchange() {
+        if (team.size == 1) {
+            named_barrier_sync(1, DECODE_CONSUMERS);
+        } else if constexpr (S::ENGINE) {
+            barrier_wait(sm.exchanged[exchange.index], exchange.round);
+            exchange.template advance<2>();
+        }
+    }
+
+    /* A number that lanes hold for row r, as in m. */
+    __device__ __forceinline__ float of_row(const float (&x)[S::LANE_ROWS], int r) const {
+        float y = __shfl_sync(~0u, x[0], r % 32);
+        if constexpr (S::LANE_ROWS > 1) {
+            const float z = __shfl_sync(~0u, x[1], r % 32);
+            y = r < 32 ? y : z;
+        }
+        return y;
+    }
+
+    /* N6: the references of a chunk's blocks; each(b, i, before, now) gets that of block b and the lane's i-th row. */
+    template <class Each>
+    __device__ __forceinline__ void advance(const Chunk &chunk, int buffer, bool starts_split, Each each) {
+        const int per_block = BLOCK_UNITS >> team.log_warp_units();
+#pragma unroll
+        for (int i = 0; i < S::LANE_ROWS; i++) {
+            const int row = (lane + 32 * i) % S::ROWS;
+            if (starts_split)
+                m[i] = FAD_F32_SENTINEL;
+#pragma unroll
+            for (int b = 0; b < S::CHUNK_BLOCKS; b++)
+                if (b < chunk.blocks) {
+                    float best = -INFINITY;
+                    for (int e = b * per_block; e < (b + 1) * per_block; e++)
+                        best = fmaxf(best, sm.x_max[buffer][e][row]);
+                    const float now = fad_f32_reference(m[i], best, c);
+                    each(b, i, m[i], now);
+                    m[i] = now;
+                }
+        }
+        __syncwarp();
+    }
+};
+
+/* ---- S and P ---- */
+
+template <class S> struct ScoreWarp : DecodeWarp<S> {
+    using Base = DecodeWarp<S>;
+    using Base::p, Base::sm, Base::team, Base::warp, Base::lane, Base::ring, Base::exchange;
+    const ScoreRule rule;
+    const int first_unit = (team.rank * team.warps() + warp) << team.log_warp_units(); /* of this warp, in a chunk */
+    float s[S::WARP_UNITS][S::MT][2][4]; /* scores of this warp's units: [n8 tile][as in mma_step] */
+    float reference[S::LANE_ROWS];       /* as m, after the block of a chunk in which its units are */
+
+    __device__ ScoreWarp(const fad_attn_problem &problem, MmaDecodeShared<S> &shared)
+        : Base(problem, shared, ScoreRule(problem).c), rule(problem) {}
 
     /* Writes to the same place in every thread block of the team. */
     template <class X> __device__ __forceinline__ void publish(X &place, const X &x) const {
@@ -210,14 +264,6 @@ template <class S> struct MmaDecode {
             if (team.size > 1 && threadIdx.x == 0)
                 barrier_arrive_expect(sm.exchanged[exchange.index], bytes);
     }
-    __device__ __forceinline__ void wait_for_exchange() {
-        if (team.size == 1) {
-            sync();
-        } else if constexpr (S::ENGINE) {
-            barrier_wait(sm.exchanged[exchange.index], exchange.round);
-            exchange.advance<2>();
-        }
-    }
     /* Bytes of a chunk's maxima, and of its P. */
     __device__ __forceinline__ int maxima_bytes(const Chunk &chunk) const {
         return (chunk.blocks * BLOCK_UNITS >> team.log_warp_units()) * S::ROWS * (int)sizeof(float);
@@ -225,18 +271,6 @@ template <class S> struct MmaDecode {
     static __device__ __forceinline__ int probability_bytes(const Chunk &chunk) {
         return chunk.blocks * BLOCK_UNITS * S::MT * 32 * (int)sizeof(uint4);
     }
-
-    /* A number that lanes hold for row r, as in m. */
-    __device__ __forceinline__ float of_row(const float (&x)[S::LANE_ROWS], int r) const {
-        float y = __shfl_sync(~0u, x[0], r % 32);
-        if constexpr (S::LANE_ROWS > 1) {
-            const float z = __shfl_sync(~0u, x[1], r % 32);
-            y = r < 32 ? y : z;
-        }
-        return y;
-    }
-
-    /* ---- S ---- */
 
     /* N7: the dot products of some units, whose keys are rows from `first` on of a slot. */
     template <int N>
@@ -310,11 +344,11 @@ template <class S> struct MmaDecode {
     __device__ __forceinline__ void scores(const Chunk &chunk, int buffer) {
         const int own = warp * UNIT_KEYS << team.log_warp_units(); /* its first key in this thread block's */
         if (warp < team.warps() && first_unit < chunk.blocks * BLOCK_UNITS) {
-            const Ring at = ring.after<S::SLOTS>(own / SLOT_KEYS);
+            const Ring at = ring.template after<S::SLOTS>(own / SLOT_KEYS);
             const char *k_slot = sm.ring[at.index];
             const int block = chunk.first + first_unit / BLOCK_UNITS, first = own % SLOT_KEYS,
                       sharing = SLOT_KEYS / UNIT_KEYS >> team.log_warp_units(); /* warps */
-            const bool partial = is_partial(block);
+            const bool partial = Base::is_partial(block);
             barrier_wait(sm.full[at.index], at.round);
             if (team.log_warp_units() == S::LOG_WARP_UNITS)
                 unit_scores<S::WARP_UNITS>(s, k_slot, first);
@@ -324,7 +358,7 @@ template <class S> struct MmaDecode {
                     if (u < team.warp_units())
                         unit_scores<1>(s + u, k_slot, first + u * UNIT_KEYS);
             __syncwarp();
-            if (lane < DECODE_WARPS / sharing)
+            if (lane < ROLE_WARPS / sharing)
                 barrier_arrive(sm.empty[at.index]);
             if (!rule.plain || partial)
 #pragma unroll
@@ -333,42 +367,21 @@ template <class S> struct MmaDecode {
                         finish_scores(s[u], (chunk.first * BLOCK_UNITS + first_unit + u) * UNIT_KEYS, partial);
             publish_maxima(buffer);
         }
-        ring = ring.after<S::SLOTS>(team.key_slots(chunk));
-    }
-
-    /* ---- P ---- */
-
-    /* N6: the references of a chunk's blocks. */
-    __device__ __forceinline__ void advance(const Chunk &chunk, int buffer, bool starts_split) {
-        const int per_block = BLOCK_UNITS >> team.log_warp_units();
-#pragma unroll
-        for (int i = 0; i < S::LANE_ROWS; i++) {
-            const int row = (lane + 32 * i) % S::ROWS;
-            if (starts_split)
-                m[i] = FAD_F32_SENTINEL;
-#pragma unroll
-            for (int b = 0; b < S::CHUNK_BLOCKS; b++)
-                if (b < chunk.blocks) {
-                    float best = -INFINITY;
-                    for (int e = b * per_block; e < (b + 1) * per_block; e++)
-                        best = fmaxf(best, sm.x_max[buffer][e][row]);
-                    const float now = fad_f32_reference(m[i], best, rule.c);
-                    sm.alpha[warp][b][row] = fad_f32_pow2(fad_f32_sub(m[i], now));
-                    m[i] = now;
-                    if (b == first_unit / BLOCK_UNITS)
-                        reference[i] = now;
-                }
-        }
-        __syncwarp(); /* alpha may be read */
+        ring = ring.template after<S::SLOTS>(team.key_slots(chunk));
     }
 
     /* N6, N7: P of this warp's units. */
-    __device__ __forceinline__ void probabilities(const Chunk &chunk, int buffer) {
+    __device__ __forceinline__ void probabilities(const Chunk &chunk, int buffer, bool starts_split) {
+        Base::advance(chunk, buffer, starts_split, [&](int b, int i, float, float now) {
+            if (b == first_unit / BLOCK_UNITS)
+                reference[i] = now;
+        });
         if (warp >= team.warps() || first_unit >= chunk.blocks * BLOCK_UNITS)
             return;
 #pragma unroll
         for (int mt = 0; mt < S::MT; mt++) {
-            const float now[2] = {of_row(reference, mt * 16 + lane / 4), of_row(reference, mt * 16 + lane / 4 + 8)};
+            const float now[2] = {Base::of_row(reference, mt * 16 + lane / 4),
+                                  Base::of_row(reference, mt * 16 + lane / 4 + 8)};
             const bool far = __any_sync(~0u, (fabsf(now[0]) > FAD_F32_LIMIT) | (fabsf(now[1]) > FAD_F32_LIMIT));
 #pragma unroll
             for (int u = 0; u < S::WARP_UNITS; u++)
@@ -387,13 +400,59 @@ template <class S> struct MmaDecode {
         }
     }
 
-    /* ---- O ---- */
+    __device__ __forceinline__ void run() {
+        Chunk ahead(sm.range, S::CHUNK_BLOCKS), now = ahead; /* whose S and P are to be computed */
+        int values = 0; /* slots of V between those of K */
+        bool starts_split = true;
+        expect(maxima_bytes(ahead));
+        scores(ahead, 0);
+        ahead.advance(sm.range, S::CHUNK_BLOCKS);
+#pragma unroll 1
+        for (int buffer = 0; now.blocks > 0; buffer ^= 1) { /* S of now is in s and in this buffer */
+            Base::wait_for_exchange();
+            expect(probability_bytes(now) + maxima_bytes(ahead));
+            probabilities(now, buffer, starts_split);
+            ring = ring.template after<S::SLOTS>(values);
+            scores(ahead, buffer ^ 1);
+            values = team.value_slots(now);
+            starts_split = now.ends_split(sm.range);
+            now = ahead;
+            ahead.advance(sm.range, S::CHUNK_BLOCKS);
+        }
+        if (team.size == 1)
+            Base::wait_for_exchange(); /* of the last P: the value warps count on it */
+    }
+};
+
+/* ---- O ---- */
+
+template <class S> struct ValueWarp : DecodeWarp<S> {
+    using Base = DecodeWarp<S>;
+    using Base::p, Base::sm, Base::team, Base::warp, Base::lane, Base::ring, Base::exchange, Base::m, Base::of_row;
+    const int value_lane;                /* of this lane's row in a fragment of V of pair 0: bytes */
+    float o[S::WARP_PAIRS][S::MT][2][4]; /* O of the split, at last of all: this warp's pairs of n8 tiles */
+    float l[S::MT][2];                   /* the summing warp's lanes: l_t of rows g and g + 8 */
+
+    __device__ ValueWarp(const fad_attn_problem &problem, MmaDecodeShared<S> &shared)
+        : Base(problem, shared, ScoreRule(problem).c), value_lane(value_offset(warp)) {}
+
+    __device__ __forceinline__ int thread() const { return warp * 32 + lane; }
+    __device__ __forceinline__ void sync() const { named_barrier_sync(2, ROLE_THREADS); } /* the value warps */
+
+    /* Before the next exchange: this warp is done with what score warps overwrite after it. */
+    __device__ __forceinline__ void done() const {
+        if constexpr (S::ENGINE) {
+            __syncwarp();
+            if (team.size > 1 && lane < team.size)
+                barrier_arrive_in(address_in(&sm.exchanged[exchange.index], lane));
+        }
+    }
 
     __device__ __forceinline__ bool sums() const { return warp == SUMMING_WARP; }
-    __device__ __forceinline__ bool has_pair(int i) const { return warp + i * DECODE_WARPS < team.pairs(); }
+    __device__ __forceinline__ bool has_pair(int i) const { return warp + i * ROLE_WARPS < team.pairs(); }
     /* The first value dim of a pair. */
     __device__ __forceinline__ int pair_dim(int i) const {
-        return team.rank * team.dims() + (warp + i * DECODE_WARPS) * 16;
+        return team.rank * team.dims() + (warp + i * ROLE_WARPS) * 16;
     }
 
     /* N6: the rescale before block b of a chunk. */
@@ -449,7 +508,7 @@ template <class S> struct MmaDecode {
 #pragma unroll
         for (int i = 0; i < S::WARP_PAIRS; i++)
             if (i == 0 || has_pair(i))
-                ldmatrix_transposed(b[i], v + (i == 0 ? value_lane : value_offset(warp + i * DECODE_WARPS)));
+                ldmatrix_transposed(b[i], v + (i == 0 ? value_lane : value_offset(warp + i * ROLE_WARPS)));
 #pragma unroll
         for (int mt = 0; mt < S::MT; mt++) {
             const uint4 a = p_unit[mt][0][lane];
@@ -493,7 +552,7 @@ template <class S> struct MmaDecode {
         const int slots = team.value_slots(chunk), units = chunk.blocks * BLOCK_UNITS,
                   slot_units = team.value_keys() / UNIT_KEYS, unit_bytes = UNIT_KEYS * team.row_bytes();
         constexpr int STEP = SLOT_KEYS / UNIT_KEYS; /* units that certainly lie in one slot and one block */
-        for (int i = 0, unit = 0; i < slots; i++, ring.advance<S::SLOTS>()) {
+        for (int i = 0, unit = 0; i < slots; i++, ring.template advance<S::SLOTS>()) {
             const char *v = sm.ring[ring.index];
             barrier_wait(sm.full[ring.index], ring.round);
 #pragma unroll 1
@@ -508,7 +567,7 @@ template <class S> struct MmaDecode {
                     continue;
                 const int key = (chunk.first * BLOCK_UNITS + unit) * UNIT_KEYS;
                 const auto p_unit = (const uint4(*)[S::UNITS][32]) & sm.p[buffer][0][unit];
-                if (is_partial(chunk.first + block)) {
+                if (Base::is_partial(chunk.first + block)) {
 #pragma unroll 1
                     for (int u = 0; u < STEP; u++)
                         unit_values<true>(v + u * unit_bytes, (const uint4(*)[S::UNITS][32]) & p_unit[0][u],
@@ -581,7 +640,7 @@ template <class S> struct MmaDecode {
                     spill_rows(p, sm.t, partials, sm.range.split + nth, 16 * mt, part, o[i][mt], pair_dim(i),
                                pair_dim(i) == 0);
                 else if (nth > 0)
-                    fold_into(total(mt), [&](int n) { return sm.rest[i][mt][n][threadIdx.x]; }, sum, o[i][mt]);
+                    fold_into(total(mt), [&](int n) { return sm.rest[i][mt][n][thread()]; }, sum, o[i][mt]);
             }
             set_total(mt, sum);
         }
@@ -594,24 +653,23 @@ template <class S> struct MmaDecode {
 #pragma unroll
             for (int mt = 0; mt < S::MT; mt++)
                 if (has_pair(i))
-                    rest_state(&sm.rest[i][mt][0][threadIdx.x], DECODE_CONSUMERS, o[i][mt]);
+                    rest_state(&sm.rest[i][mt][0][thread()], ROLE_THREADS, o[i][mt]);
         clear();
     }
 
     /* Every chunk of the range. Returns the number of splits. */
-    __device__ __forceinline__ int run(const fad_partials &partials) {
-        Chunk ahead(sm.range, S::CHUNK_BLOCKS), now = ahead, before = ahead; /* whose S, P and O are to be computed */
-        int splits = 0, buffer = 0;
-        bool now_starts = true;
-        expect(maxima_bytes(ahead));
-        scores(ahead, buffer);
-        ahead.advance(sm.range, S::CHUNK_BLOCKS);
+    __device__ __forceinline__ int run_chunks(const fad_partials &partials) {
+        Chunk now(sm.range, S::CHUNK_BLOCKS), before = now; /* of which P is made meanwhile, and O is to be computed */
+        int splits = 0;
+        bool starts_split = true;
         before.blocks = 0;
+        done();
+        ring = ring.template after<S::SLOTS>(team.key_slots(now));
 #pragma unroll 1
-        while (now.blocks > 0 || before.blocks > 0) { /* S of now is in s and buffer, P of before in the other buffer */
-            wait_for_exchange();
-            if (now.blocks > 0)
-                expect(probability_bytes(now) + maxima_bytes(ahead));
+        for (int buffer = 0; now.blocks > 0 || before.blocks > 0; buffer ^= 1) { /* maxima of now are in this buffer */
+            Chunk ahead = now;
+            ahead.advance(sm.range, S::CHUNK_BLOCKS);
+            Base::wait_for_exchange();
             if (before.blocks > 0) {
                 values(before, buffer ^ 1);
                 if (before.ends_split(sm.range)) {
@@ -621,17 +679,15 @@ template <class S> struct MmaDecode {
                 }
             }
             if (now.blocks > 0) {
-                advance(now, buffer, now_starts);
-                probabilities(now, buffer);
+                Base::advance(now, buffer, starts_split, [&](int b, int i, float last, float next) {
+                    sm.alpha[warp][b][(lane + 32 * i) % S::ROWS] = fad_f32_pow2(fad_f32_sub(last, next));
+                });
+                done();
             }
-            if (ahead.blocks > 0)
-                scores(ahead, buffer ^ 1);
-            now_starts = now.ends_split(sm.range);
+            ring = ring.template after<S::SLOTS>(team.key_slots(ahead));
+            starts_split = now.ends_split(sm.range);
             before = now;
             now = ahead;
-            if (ahead.blocks > 0)
-                ahead.advance(sm.range, S::CHUNK_BLOCKS);
-            buffer ^= 1;
         }
         return splits;
     }
@@ -647,7 +703,7 @@ template <class S> struct MmaDecode {
                                                  pair_dim(i) == 0);
         sync(); /* out is staged */
         const int chunks = team.dims() / 8, first = team.rank * chunks;
-        for (int at = threadIdx.x; at < S::ROWS * chunks; at += DECODE_CONSUMERS) {
+        for (int at = thread(); at < S::ROWS * chunks; at += ROLE_THREADS) {
             const int r = at / chunks, chunk = first + at % chunks;
             if (r < sm.t.n_rows && chunk * 8 < p.Dv)
                 *(uint4 *)((uint16_t *)out_row(p, sm.t, r).data + chunk * 8) =
@@ -655,33 +711,41 @@ template <class S> struct MmaDecode {
         }
     }
 
-    __device__ __forceinline__ void run_item(const fad_partials &partials) {
-        load_queries<S::ROWS, S::CHUNKS, DECODE_CONSUMERS>(sm.q, p, sm.t, threadIdx.x);
-        sm.rows.fill(p, sm.t, sm.range, threadIdx.x, DECODE_CONSUMERS);
-        cp_async_commit();
-        cp_async_wait<0>();
-        sync(); /* q and the rows' table may be read */
+    __device__ __forceinline__ void run(const fad_partials &partials) {
         clear();
 #pragma unroll
         for (int mt = 0; mt < S::MT; mt++)
             set_total(mt, {{FAD_F32_SENTINEL, FAD_F32_SENTINEL}, {0, 0}});
-        const int splits = sm.range.blocks > 0 ? run(partials) : 0;
+        const int splits = sm.range.blocks > 0 ? run_chunks(partials) : 0;
         if (!partials.o) {
             finish();
         } else if (team.rank == 0) {
-            spill_empty(p, sm.t, partials, sm.range.from, sm.range.split, threadIdx.x, DECODE_CONSUMERS);
-            spill_empty(p, sm.t, partials, sm.range.split + splits, sm.range.to, threadIdx.x, DECODE_CONSUMERS);
+            spill_empty(p, sm.t, partials, sm.range.from, sm.range.split, thread(), ROLE_THREADS);
+            spill_empty(p, sm.t, partials, sm.range.split + splits, sm.range.to, thread(), ROLE_THREADS);
         }
     }
 };
 
-template <class S> static __device__ void init_barriers(MmaDecodeShared<S> &sm) {
+template <class S> static __device__ __forceinline__ void consume(const fad_attn_problem &p, MmaDecodeShared<S> &sm,
+                                                                  const fad_partials &partials) {
+    load_queries<S::ROWS, S::CHUNKS, DECODE_CONSUMERS>(sm.q, p, sm.t, threadIdx.x);
+    sm.rows.fill(p, sm.t, sm.range, threadIdx.x, DECODE_CONSUMERS);
+    cp_async_commit();
+    cp_async_wait<0>();
+    named_barrier_sync(1, DECODE_CONSUMERS); /* q and the rows' table may be read */
+    if (threadIdx.x >= ROLE_THREADS)
+        ValueWarp<S>(p, sm).run(partials);
+    else if (sm.range.blocks > 0)
+        ScoreWarp<S>(p, sm).run();
+}
+
+template <class S> static __device__ void init_barriers(MmaDecodeShared<S> &sm, int team) {
     for (int i = 0; i < S::SLOTS; i++) {
         barrier_init(sm.full[i], S::ENGINE ? 1 : 32);
-        barrier_init(sm.empty[i], DECODE_WARPS);
+        barrier_init(sm.empty[i], ROLE_WARPS);
     }
-    barrier_init(sm.exchanged[0], 1);
-    barrier_init(sm.exchanged[1], 1);
+    for (MemoryBarrier &exchanged : sm.exchanged)
+        barrier_init(exchanged, 1 + ROLE_WARPS * team); /* who expects the bytes, and the value warps */
     if constexpr (S::ENGINE)
         fence_barrier_init();
 }
@@ -695,14 +759,14 @@ static __device__ __forceinline__ void mma_decode(const fad_attn_problem &p, con
     const Team<S> team;
     allow_next_kernel();
     if (threadIdx.x == 0)
-        init_barriers(sm);
+        init_barriers(sm, team.size);
     const bool exists = share_item(p, work, S::ROWS, blockIdx.x / team.size, sm.t, sm.range);
     if constexpr (S::ENGINE)
         cluster_sync(); /* the others' barriers may be used */
     if (!exists)
         return;
     if (threadIdx.x < DECODE_CONSUMERS) {
-        MmaDecode<S>(p, sm).run_item(work.partials);
+        consume(p, sm, work.partials);
         return;
     }
     if (sm.range.blocks == 0)
