@@ -5,9 +5,6 @@ HopperKernels hopper_decode_bf16() {
         hopper_decode_of<MmaDecodeShape<FAD_BFLOAT16, 64, 1, 2, 20, true>>(),
         hopper_decode_of<MmaDecodeShape<FAD_BFLOAT16, 128, 1, 2, 11, true>>(),
         hopper_decode_of<MmaDecodeShape<FAD_BFLOAT16, 256, 1, 1, 5, true>>(),
-        hopper_decode_of<MmaDecodeShape<FAD_BFLOAT16, 64, 4, 1, 16, true>>(),
-        hopper_decode_of<MmaDecodeShape<FAD_BFLOAT16, 128, 4, 1, 8, true>>(),
-        hopper_decode_of<MmaDecodeShape<FAD_BFLOAT16, 256, 2, 1, 4, true>>(),
     };
     return {kernels, kernels + sizeof kernels / sizeof *kernels};
 }
