@@ -42,11 +42,12 @@ pytestmark = needs_gpu
 
 HALF_CASES = [case for case in CASES if case.dtype in ("fp16", "bf16")]
 ALL_CASES = [*HALF_CASES, *LARGE_CASES]
-# Tiles of 16 rows are the decode kernel's, 64 and 128 those of prompts; None is the kernel's own choice.
+# Tiles of 16 rows are the decode kernel's, which teams of thread blocks can share on Hopper; 64 and 128 are those of
+# prompts; None is the kernel's own choice.
 KERNELS = {
-    f"{kernel} {tile_rows or 'auto'}": {"kernel": kernel, "tile_rows": tile_rows}
-    for kernel in ("generic", "hopper")
-    for tile_rows in (None, 16, 64, 128)
+    **{f"generic {rows or 'auto'}": {"kernel": "generic", "tile_rows": rows} for rows in (None, 16, 64, 128)},
+    **{f"hopper {rows or 'auto'}": {"kernel": "hopper", "tile_rows": rows} for rows in (None, 128)},
+    **{f"hopper 16, team of {n}": {"kernel": "hopper", "tile_rows": 16, "team": n} for n in (1, 2, 4, 8)},
 }
 SCHEDULES = {
     f"{name} {'spilled' if split_parallel else 'folded'}": {**kernel, "split_parallel": split_parallel}
@@ -156,10 +157,12 @@ def test_forced_schedules_are_obeyed():
 @needs_hopper
 @pytest.mark.skipif(not HOPPER_SOURCES, reason="needs csrc/cuda/hopper_*.cu")
 @pytest.mark.parametrize("D", [64, 128])
-def test_forced_hopper_kernel_is_not_the_generic_one(D):
+def test_forced_hopper_kernels_are_not_the_generic_ones(D):
     qkv = moved(tensors(B=1, Sq=300, Sk=700, D=D, dtype=torch.bfloat16))
-    hopper = kernels_of(*qkv, kernel="hopper", split_parallel=False)
-    assert not any(hopper & kernels_of(*qkv, kernel="generic", tile_rows=n, split_parallel=False) for n in (64, 128))
+    generic = [kernels_of(*qkv, kernel="generic", tile_rows=n, split_parallel=False) for n in (16, 64, 128)]
+    hopper = [kernels_of(*qkv, kernel="hopper", tile_rows=n, split_parallel=False) for n in (16, 128)]
+    for a, b in itertools.combinations([*generic, *hopper], 2):
+        assert not a & b
 
 
 # ---- the bits of the contract ----------------------------------------------------------------------------------------

@@ -89,10 +89,11 @@ static __device__ __forceinline__ void store_in(unsigned address, float x, unsig
                  : "memory");
 }
 static __device__ __forceinline__ void store_in(unsigned address, uint4 x, unsigned barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                     address),
-                 "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
-                 : "memory");
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+            address),
+        "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
+        : "memory");
 }
 
 template <int REGISTERS> static __device__ __forceinline__ void give_registers() {

@@ -26,10 +26,10 @@ struct HopperShape {
                       (CONSUMERS + 1) * (65536 / (CONSUMERS + 1) / GROUP_THREADS / 8 * 8),
                   "a warpgroup would wait for registers for ever");
     static constexpr int THREADS = (CONSUMERS + 1) * GROUP_THREADS, ROWS = CONSUMERS * GROUP_ROWS;
-    static constexpr int N = D / 8;                                     /* n8 tiles of O */
-    static constexpr int PARTS = D > 128 ? 2 : 1, PART_N = N / PARTS;   /* of a block of K or V: its dims, a slot each */
-    static constexpr int PIECES = D / PARTS / 64;                       /* of 64 dims = 128 bytes, the width of a box */
-    static constexpr int BOX = BLOCK_KEYS * 128, SLOT = PIECES * BOX;   /* bytes: a block's piece; all of a part's */
+    static constexpr int N = D / 8;                                   /* n8 tiles of O */
+    static constexpr int PARTS = D > 128 ? 2 : 1, PART_N = N / PARTS; /* of a block of K or V: its dims, a slot each */
+    static constexpr int PIECES = D / PARTS / 64;                     /* of 64 dims = 128 bytes, the width of a box */
+    static constexpr int BOX = BLOCK_KEYS * 128, SLOT = PIECES * BOX; /* bytes: a block's piece; all of a part's */
     static constexpr int Q_BOX = GROUP_ROWS * 128, Q_TILE = D / 64 * Q_BOX;
     /* Where there is room: q in registers once an item has begun, the running O between splits in shared memory, and the
      * scores of the next block besides O and P. */
@@ -160,8 +160,8 @@ static __device__ __forceinline__ void produce_queries(const fad_attn_problem &p
         for (int r = thread; r < S::ROWS; r += QUERY_WARPS * 32) {
             const bool active = r < item.t.n_active;
             const Row row = row_of(item.t, active ? r : 0);
-            const char *from = (const char *)p.q.data +
-                               2 * (item.t.seq.q + row.i * p.q.stride_s + row.h * p.q.stride_h);
+            const char *from =
+                (const char *)p.q.data + 2 * (item.t.seq.q + row.i * p.q.stride_s + row.h * p.q.stride_h);
             char *to = sm.q[buffer.index][r / GROUP_ROWS];
 #pragma unroll
             for (int chunk = 0; chunk < S::N; chunk++)
@@ -190,8 +190,8 @@ template <class S> struct HopperConsumer {
     const uint64_t k_ring = matrix_descriptor(sm.ring, 16), v_ring = matrix_descriptor(sm.ring, S::BOX),
                    q_tiles = matrix_descriptor(sm.q[0][group], 16);
     Ring q_buffer;
-    Ring ring;          /* the next part of K or V */
-    int whole, n_whole; /* of the item's range */
+    Ring ring;                /* the next part of K or V */
+    int whole, n_whole;       /* of the item's range */
     int splits, to_split_end; /* that have ended; blocks up to the end of the current one */
     RowPair total;            /* of the splits that have ended */
     References references;
@@ -259,11 +259,14 @@ template <class S> struct HopperConsumer {
             if constexpr (S::Q_IN_REGISTERS)
                 wgmma_scores<S::T>(s, q[k], b, k > 0);
             else
-                wgmma_scores<S::T>(s, matrix_at(q_tiles, q_buffer.index * (int)sizeof sm.q[0] + k / 4 * S::Q_BOX + dims), b, k > 0);
+                wgmma_scores<S::T>(
+                    s, matrix_at(q_tiles, q_buffer.index * (int)sizeof sm.q[0] + k / 4 * S::Q_BOX + dims), b, k > 0);
         }
     }
 
-    __device__ __forceinline__ bool is_partial(int block) const { return (unsigned)(block - whole) >= (unsigned)n_whole; }
+    __device__ __forceinline__ bool is_partial(int block) const {
+        return (unsigned)(block - whole) >= (unsigned)n_whole;
+    }
 
     /* N4 to N6: from scores to probabilities. Returns whether references moved, alpha tells how O has to follow. */
     template <class Meanwhile>

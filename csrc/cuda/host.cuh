@@ -22,7 +22,7 @@ struct Device {
 fad_status get_device(Device *device);
 
 struct LaunchOptions {
-    int cluster;          /* thread blocks of a cluster; 0: none */
+    int cluster;           /* thread blocks of a cluster; 0: none */
     bool before_last_ends; /* may start before the kernel before it has ended, because it waits for it itself */
 };
 

@@ -18,7 +18,7 @@
 
 constexpr int UNIT_KEYS = 16, BLOCK_UNITS = BLOCK_KEYS / UNIT_KEYS; /* a unit: the keys of one step */
 constexpr int SLOT_KEYS = 64;                                       /* keys of K in a slot */
-constexpr int ROLE_WARPS = 8, ROLE_THREADS = ROLE_WARPS * 32; /* score warps, and then as many value warps */
+constexpr int ROLE_WARPS = 8, ROLE_THREADS = ROLE_WARPS * 32;       /* score warps, and then as many value warps */
 constexpr int DECODE_CONSUMERS = 2 * ROLE_THREADS, DECODE_THREADS = DECODE_CONSUMERS + 32;
 constexpr int SUMMING_WARP = ROLE_WARPS - 1; /* the value warp that sums P */
 
@@ -29,8 +29,9 @@ template <fad_dtype T_, int D_, int MT_, int CHUNK_BLOCKS_, int SLOTS_, bool ENG
     static constexpr bool ENGINE = ENGINE_; /* K and V come by the copy engine; only then may teams be clusters */
     static constexpr int CHUNKS = D / 8;    /* of 16 bytes, in a row of q */
     static constexpr int CHUNK_BLOCKS = CHUNK_BLOCKS_, UNITS = CHUNK_BLOCKS * BLOCK_UNITS; /* of a chunk */
-    static constexpr int WARP_UNITS = UNITS / ROLE_WARPS, LOG_WARP_UNITS = WARP_UNITS / 2; /* of them, a warp's: 1, 2, 4 */
-    static constexpr int PAIRS = D / 16;                               /* of n8 tiles of O */
+    static constexpr int WARP_UNITS = UNITS / ROLE_WARPS,
+                         LOG_WARP_UNITS = WARP_UNITS / 2; /* of them, a warp's: 1, 2, 4 */
+    static constexpr int PAIRS = D / 16;                  /* of n8 tiles of O */
     static constexpr int WARP_PAIRS = PAIRS > ROLE_WARPS ? PAIRS / ROLE_WARPS : 1;
     static constexpr int SLOT = SLOT_KEYS * D * 2; /* bytes, of K or V */
     static constexpr int LANE_ROWS = (ROWS + 31) / 32;
@@ -50,7 +51,7 @@ template <class S> struct MmaDecodeShared {
     float l[S::ROWS];
     float alpha[ROLE_WARPS][S::CHUNK_BLOCKS][S::ROWS]; /* each value warp's own: the rescale factor before a block, */
     float total_m[ROLE_WARPS][S::ROWS], total_l[ROLE_WARPS][S::ROWS]; /* and the state of the splits before, */
-    float4 rest[S::WARP_PAIRS][S::MT][2][ROLE_THREADS];                   /* whose O rests here */
+    float4 rest[S::WARP_PAIRS][S::MT][2][ROLE_THREADS];               /* whose O rests here */
     RowTable<S::ROWS> rows;
     Tile t;
     KeyRange range;
@@ -108,8 +109,7 @@ template <class S> struct MmaDecodeProducer {
     }
 
     /* keys_of(chunk), values_of(chunk): copy what the consumers use of a chunk. */
-    template <class KeysOf, class ValuesOf>
-    __device__ __forceinline__ void run(KeysOf keys_of, ValuesOf values_of) {
+    template <class KeysOf, class ValuesOf> __device__ __forceinline__ void run(KeysOf keys_of, ValuesOf values_of) {
         Chunk ahead(sm.range, S::CHUNK_BLOCKS);
         keys_of(ahead);
         for (Chunk now = ahead; now.blocks > 0; now.advance(sm.range, S::CHUNK_BLOCKS)) {
@@ -175,10 +175,9 @@ template <class S> struct DecodeWarp {
     MmaDecodeShared<S> &sm;
     const Team<S> team;
     const int warp = opaque(threadIdx.x / 32 % ROLE_WARPS), lane = opaque(threadIdx.x % 32); /* warp: of its role */
-    const int whole = sm.range.whole, n_whole = sm.range.n_whole;
-    const float c; /* N5 */
-    Ring ring;     /* the next slot */
-    Ring exchange; /* the next exchange of the team */
+    const float c;                                                                           /* N5 */
+    Ring ring;                                                                               /* the next slot */
+    Ring exchange;         /* the next exchange of the team */
     float m[S::LANE_ROWS]; /* the running reference of row lane % 16, or of rows lane and lane + 32 */
 
     __device__ DecodeWarp(const fad_attn_problem &problem, MmaDecodeShared<S> &shared, float factor)
@@ -189,7 +188,6 @@ template <class S> struct DecodeWarp {
         asm volatile("" : "+r"(x));
         return x;
     }
-    __device__ __forceinline__ bool is_partial(int block) const { return (unsigned)(block - whole) >= (unsigned)n_whole; }
 
     /* The score warps have published, the value warps are done; all of the team. */
     __device__ __forceinline__ void wait_for_exchange() {
@@ -348,7 +346,7 @@ template <class S> struct ScoreWarp : DecodeWarp<S> {
             const char *k_slot = sm.ring[at.index];
             const int block = chunk.first + first_unit / BLOCK_UNITS, first = own % SLOT_KEYS,
                       sharing = SLOT_KEYS / UNIT_KEYS >> team.log_warp_units(); /* warps */
-            const bool partial = Base::is_partial(block);
+            const bool partial = sm.range.partial(block);
             barrier_wait(sm.full[at.index], at.round);
             if (team.log_warp_units() == S::LOG_WARP_UNITS)
                 unit_scores<S::WARP_UNITS>(s, k_slot, first);
@@ -392,7 +390,8 @@ template <class S> struct ScoreWarp : DecodeWarp<S> {
                         const float *x = &s[u][mt][i / 2][i % 2 * 2];
                         float y[2] = {fad_f32_fma(x[0], rule.c, -now[i % 2]), fad_f32_fma(x[1], rule.c, -now[i % 2])};
                         if (far)
-                            y[0] = far_argument(x[0], rule.c, now[i % 2]), y[1] = far_argument(x[1], rule.c, now[i % 2]);
+                            y[0] = far_argument(x[0], rule.c, now[i % 2]),
+                            y[1] = far_argument(x[1], rule.c, now[i % 2]);
                         a[i] = pack2<S::T>(ex2(y[0]), ex2(y[1]));
                     }
                     publish(sm.p[buffer][mt][first_unit + u][lane], make_uint4(a[0], a[1], a[2], a[3]));
@@ -402,7 +401,7 @@ template <class S> struct ScoreWarp : DecodeWarp<S> {
 
     __device__ __forceinline__ void run() {
         Chunk ahead(sm.range, S::CHUNK_BLOCKS), now = ahead; /* whose S and P are to be computed */
-        int values = 0; /* slots of V between those of K */
+        int values = 0;                                      /* slots of V between those of K */
         bool starts_split = true;
         expect(maxima_bytes(ahead));
         scores(ahead, 0);
@@ -429,6 +428,7 @@ template <class S> struct ScoreWarp : DecodeWarp<S> {
 template <class S> struct ValueWarp : DecodeWarp<S> {
     using Base = DecodeWarp<S>;
     using Base::p, Base::sm, Base::team, Base::warp, Base::lane, Base::ring, Base::exchange, Base::m, Base::of_row;
+    const int whole = sm.range.whole, n_whole = sm.range.n_whole;
     const int value_lane;                /* of this lane's row in a fragment of V of pair 0: bytes */
     float o[S::WARP_PAIRS][S::MT][2][4]; /* O of the split, at last of all: this warp's pairs of n8 tiles */
     float l[S::MT][2];                   /* the summing warp's lanes: l_t of rows g and g + 8 */
@@ -436,6 +436,9 @@ template <class S> struct ValueWarp : DecodeWarp<S> {
     __device__ ValueWarp(const fad_attn_problem &problem, MmaDecodeShared<S> &shared)
         : Base(problem, shared, ScoreRule(problem).c), value_lane(value_offset(warp)) {}
 
+    __device__ __forceinline__ bool is_partial(int block) const {
+        return (unsigned)(block - whole) >= (unsigned)n_whole;
+    }
     __device__ __forceinline__ int thread() const { return warp * 32 + lane; }
     __device__ __forceinline__ void sync() const { named_barrier_sync(2, ROLE_THREADS); } /* the value warps */
 
@@ -482,7 +485,8 @@ template <class S> struct ValueWarp : DecodeWarp<S> {
         const unsigned fragment[4] = {a.x, a.y, a.z, a.w};
 #pragma unroll 1
         for (int r = 0; r < 16; r++) {
-            const int lo = sm.rows.lo[mt * 16 + r] - key - lane % 4 * 2, hi = sm.rows.hi[mt * 16 + r] - key - lane % 4 * 2;
+            const int lo = sm.rows.lo[mt * 16 + r] - key - lane % 4 * 2,
+                      hi = sm.rows.hi[mt * 16 + r] - key - lane % 4 * 2;
             float row[2][4];
             unsigned seen[4];
 #pragma unroll
@@ -567,7 +571,7 @@ template <class S> struct ValueWarp : DecodeWarp<S> {
                     continue;
                 const int key = (chunk.first * BLOCK_UNITS + unit) * UNIT_KEYS;
                 const auto p_unit = (const uint4(*)[S::UNITS][32]) & sm.p[buffer][0][unit];
-                if (Base::is_partial(chunk.first + block)) {
+                if (is_partial(chunk.first + block)) {
 #pragma unroll 1
                     for (int u = 0; u < STEP; u++)
                         unit_values<true>(v + u * unit_bytes, (const uint4(*)[S::UNITS][32]) & p_unit[0][u],
@@ -726,8 +730,9 @@ template <class S> struct ValueWarp : DecodeWarp<S> {
     }
 };
 
-template <class S> static __device__ __forceinline__ void consume(const fad_attn_problem &p, MmaDecodeShared<S> &sm,
-                                                                  const fad_partials &partials) {
+template <class S>
+static __device__ __forceinline__ void consume(const fad_attn_problem &p, MmaDecodeShared<S> &sm,
+                                               const fad_partials &partials) {
     load_queries<S::ROWS, S::CHUNKS, DECODE_CONSUMERS>(sm.q, p, sm.t, threadIdx.x);
     sm.rows.fill(p, sm.t, sm.range, threadIdx.x, DECODE_CONSUMERS);
     cp_async_commit();

@@ -169,8 +169,8 @@ static fad_status workspace(const fad_attn_problem *p, int32_t, size_t *bytes) {
 static fad_status run(const fad_attn_problem *p, const Plan &plan, const Work &work, int64_t grid, void *stream) {
     const MmaKernel &kernel = *plan.kernel;
     if (plan.hopper)
-        return launch(plan.hopper->run, grid, kernel.threads, kernel.shared_bytes, stream,
-                      {plan.team, false}, *p, work, plan.k_map, plan.v_map);
+        return launch(plan.hopper->run, grid, kernel.threads, kernel.shared_bytes, stream, {plan.team, false}, *p, work,
+                      plan.k_map, plan.v_map);
     return launch(kernel.run, grid, kernel.threads, kernel.shared_bytes, stream, {}, *p, work);
 }
 
@@ -178,8 +178,8 @@ static fad_status run_splits(const fad_attn_problem *p, const Plan &plan, const 
                              int64_t n_splits, void *stream) {
     fad_partials of_splits = partials; /* a sink's state, if there is one, is not the kernel's */
     of_splits.n_splits = n_splits;
-    const Work work = {plan.n_tiles * runs_of(plan, n_splits), plan.n_tiles, plan.item_splits, nullptr, nullptr,
-                       of_splits};
+    const Work work = {
+        plan.n_tiles * runs_of(plan, n_splits), plan.n_tiles, plan.item_splits, nullptr, nullptr, of_splits};
     return run(p, plan, work, plan.team ? grid_of(plan, work.n_items) : work.n_items, stream);
 }
 

@@ -84,8 +84,8 @@ template <fad_dtype T> static __device__ __forceinline__ unsigned round_out(floa
  * tile of CHUNKS chunks a row, N * 8 values of it from `first_dim` on. write_lse: this warp is the one that does. */
 template <fad_dtype T, int CHUNKS, int N>
 static __device__ __forceinline__ void finish_rows(const fad_attn_problem &p, const Tile &t, int first,
-                                                   const RowPair &state, float (&o)[N][4], char *staged,
-                                                   int first_dim, bool write_lse) {
+                                                   const RowPair &state, float (&o)[N][4], char *staged, int first_dim,
+                                                   bool write_lse) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; half++) {

@@ -72,8 +72,8 @@ static __device__ __forceinline__ void apply_options(ScoreTile &s, const RowView
             for (int e = 0; e < 4; e++) {
                 x[n][e] = fad_f32_scaled_score(s[n][e], rule.scaled, rule.softcap);
                 if (rule.alibi)
-                    x[n][e] = fad_f32_fma(e < 2 ? g.slope : g8.slope,
-                                          fabsf((float)(distance[e / 2] - n * 8 - e % 2)), x[n][e]);
+                    x[n][e] = fad_f32_fma(e < 2 ? g.slope : g8.slope, fabsf((float)(distance[e / 2] - n * 8 - e % 2)),
+                                          x[n][e]);
             }
 #pragma unroll
         for (int n = 0; n < KEY_TILES; n++)
@@ -91,7 +91,8 @@ static __device__ __noinline__ float score_with_options(float s, float scaled, f
     const float x = fad_f32_scaled_score(s, scaled, softcap);
     return alibi ? fad_f32_fma(slope, fabsf((float)distance), x) : x;
 }
-static __device__ __forceinline__ float score_with_options(float s, const ScoreRule &rule, const RowView &row, int key) {
+static __device__ __forceinline__ float score_with_options(float s, const ScoreRule &rule, const RowView &row,
+                                                           int key) {
     return score_with_options(s, rule.scaled, rule.softcap, row.slope, row.pos - key, rule.alibi);
 }
 
@@ -263,8 +264,7 @@ struct References {
     }
 
     /* s becomes p of the references that advance() left; meanwhile(n) as in exponentiate. */
-    template <class Meanwhile>
-    __device__ __forceinline__ void apply(ScoreTile &s, float c, Meanwhile meanwhile) const {
+    template <class Meanwhile> __device__ __forceinline__ void apply(ScoreTile &s, float c, Meanwhile meanwhile) const {
         if (!far) {
             const float m[2] = {fad_f32_sub(r[0], FAD_F32_MAGIC), fad_f32_sub(r[1], FAD_F32_MAGIC)};
             exponentiate<2>(s, [&](float x, int half) { return fad_f32_fma(x, c, -m[half]); }, meanwhile);

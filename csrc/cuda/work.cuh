@@ -40,14 +40,14 @@ static __device__ __forceinline__ int64_t next_item(const Work &work, int64_t *s
 /* The blocks of keys that an item walks. Numbers of keys count from `first`, a multiple of BLOCK_KV: 32 bits hold them,
  * because the scheduler refuses longer buffers. */
 struct KeyRange {
-    int64_t first;        /* position */
-    int blocks;           /* how many */
-    int lo, hi;           /* keys that some row sees */
-    int whole, n_whole;   /* the first block that every row sees all of, and how many follow each other */
-    int split_blocks;     /* blocks of a whole split, */
-    int to_split_end;     /* and up to the end of the first */
-    int64_t split;        /* the first split, counted from the sequence's first, */
-    int64_t from, to;     /* and those that the item is to spill */
+    int64_t first;      /* position */
+    int blocks;         /* how many */
+    int lo, hi;         /* keys that some row sees */
+    int whole, n_whole; /* the first block that every row sees all of, and how many follow each other */
+    int split_blocks;   /* blocks of a whole split, */
+    int to_split_end;   /* and up to the end of the first */
+    int64_t split;      /* the first split, counted from the sequence's first, */
+    int64_t from, to;   /* and those that the item is to spill */
 
     __device__ __forceinline__ bool partial(int block) const { return (unsigned)(block - whole) >= (unsigned)n_whole; }
 };
