@@ -186,6 +186,17 @@ def octaves(j):
     return 2.0 ** (7 * j % 17 - 8)
 
 
+def opposite(q, k, v):
+    """Keys against which rows 0, 2, .. have scores of about -2^22 / log2(e) and less, the others of any size."""
+    one = torch.zeros_like(q[..., :1, :])
+    one[..., 0] = 2990.0
+    rows = torch.arange(q.shape[1]) % 2 == 0
+    q = torch.where(rows[:, None, None], -one.expand_as(q), q)
+    k = k.clone()
+    k[..., 0] = 7770.0 + 8 * torch.arange(k.shape[1])[:, None]
+    return q, k, v
+
+
 def every_other_block(j):
     return torch.where(j // 128 % 2 == 0, 20.0, 1.0)
 
@@ -194,6 +205,7 @@ UNUSUAL = {
     "long decode": dict(Sq=1, Sk=3000, Hq=8),
     "large logits": dict(change=lambda q, k, v: (30 * q, k, v)),
     "huge logits": dict(change=lambda q, k, v: (3000 * q, 3000 * k, v)),
+    "scores beyond the smallest near reference": dict(change=opposite),
     "values of many sizes": dict(change=lambda q, k, v: (q, k, scaled_keys(v, octaves))),
     "keys of many sizes": dict(change=lambda q, k, v: (q, scaled_keys(k, octaves), v)),
     "references far apart": dict(change=lambda q, k, v: (q, scaled_keys(k, every_other_block), v)),
@@ -211,6 +223,16 @@ def test_n7_bits_of_the_contract_for_unusual_numbers(dtype, unusual):
     qkv = [x.to(dtype) for x in change(*tensors(**shape))]
     assert_same(attention(*moved(qkv), causal=True), mma_oracle.attn(*qkv, causal=True, split_size=SPLIT))
     assert_noticed(*moved(tensors(**{**shape, "Sq": 300}, dtype=dtype)), causal=True)
+
+
+def test_n3_split_sizes_up_to_the_largest_are_one_split():
+    q, k, v = moved(tensors(B=2, Sq=20, Sk=700, dtype=torch.bfloat16))
+    expected = attention(q, k, v, split_size=1024)
+    for name, schedule in SCHEDULES.items():
+        with _schedule.forced(**schedule):
+            for size in (2**30, 2**36, 2**40):
+                assert_same(attention(q, k, v, split_size=size), expected, f"{name} {size}")
+    assert differing(attention(q, k, v, split_size=128), expected) > 0
 
 
 @needs_hopper

@@ -33,9 +33,9 @@ static fad_status run_rows(const fad_attn_problem *p, void (*kernel)(fad_attn_pr
 }
 
 fad_status fold_partials(const fad_attn_problem *p, const fad_partials &partials, void *stream) {
-    Device device;
-    TRY(get_device(&device));
-    return run_rows(p, fold_splits, partials, stream, {0, device.compute >= 90});
+    cudaFuncAttributes code; /* what has been compiled for 9.0 or later waits for the kernel before it */
+    TRY_CUDA(cudaFuncGetAttributes(&code, fold_splits));
+    return run_rows(p, fold_splits, partials, stream, {0, code.ptxVersion >= 90});
 }
 
 fad_status store_sink_states(const fad_attn_problem *p, const fad_partials &partials, void *stream) {

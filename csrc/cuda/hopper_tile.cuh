@@ -136,7 +136,9 @@ static __device__ __forceinline__ void produce_keys(const fad_attn_problem &p, c
     for (Ring slot;; slot.advance<ITEMS>()) {
         const HopperItem &item = sm.items[slot.index];
         barrier_wait(sm.item_full[slot.index], slot.round);
-        if (!item.exists)
+        const bool exists = item.exists;
+        __syncwarp(); /* all lanes have read it */
+        if (!exists)
             return;
         if (threadIdx.x % 32 == 0) {
             copy_blocks<S>(p, item, k_map, v_map, sm, ring);

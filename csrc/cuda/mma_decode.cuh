@@ -256,11 +256,18 @@ template <class S> struct ScoreWarp : DecodeWarp<S> {
             for (int rank = 0; rank < team.size; rank++)
                 store_in(address_in(&place, rank), x, address_in(&sm.exchanged[exchange.index], rank));
     }
-    /* What warps publish from now on is for the next exchange, in which this much comes here. */
+    /* What warps publish from now on is for the next exchange, in which this much comes here. All score warps arrive, so
+     * that none can miss a round of the barrier. */
     __device__ __forceinline__ void expect(int bytes) {
-        if constexpr (S::ENGINE)
-            if (team.size > 1 && threadIdx.x == 0)
+        if constexpr (S::ENGINE) {
+            if (team.size == 1)
+                return;
+            __syncwarp();
+            if (threadIdx.x == 0)
                 barrier_arrive_expect(sm.exchanged[exchange.index], bytes);
+            else if (threadIdx.x % 32 == 0)
+                barrier_arrive(sm.exchanged[exchange.index]);
+        }
     }
     /* Bytes of a chunk's maxima, and of its P. */
     __device__ __forceinline__ int maxima_bytes(const Chunk &chunk) const {
@@ -750,7 +757,7 @@ template <class S> static __device__ void init_barriers(MmaDecodeShared<S> &sm, 
         barrier_init(sm.empty[i], ROLE_WARPS);
     }
     for (MemoryBarrier &exchanged : sm.exchanged)
-        barrier_init(exchanged, 1 + ROLE_WARPS * team); /* who expects the bytes, and the value warps */
+        barrier_init(exchanged, ROLE_WARPS * (1 + team)); /* this thread block's score warps, the team's value warps */
     if constexpr (S::ENGINE)
         fence_barrier_init();
 }

@@ -110,7 +110,7 @@ static fad_status check_rows(const fad_attn_problem *p, const char *name, const 
 
 /* Kernels count the rows of a sequence in 32 bits. */
 static fad_status check_lengths(const fad_attn_problem *p) {
-    constexpr int64_t MOST = INT32_MAX - FAD_MMA_BLOCK_KV;
+    constexpr int64_t MOST = INT32_MAX - 8 * FAD_MMA_BLOCK_KV; /* copies go a little past the end */
     return p->Sq <= MOST && p->Sk <= MOST
                ? FAD_OK
                : fad_core->fail(FAD_UNSUPPORTED,
@@ -141,8 +141,9 @@ static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
     plan->spill = !p->cu_seqlens_q && plan->n_splits > 1 && (forced ? forced == 2 : pays);
     plan->team = choose_team(*plan, plan->spill ? plan->n_tiles * runs_of(*plan, plan->n_splits) : plan->n_tiles);
 #ifdef FAD_HOPPER
-    if (plan->team > 1)
-        describe_keys(p, *plan->hopper, plan->team, &plan->k_map, &plan->v_map);
+    if (plan->team > 1 && !describe_keys(p, *plan->hopper, plan->team, &plan->k_map, &plan->v_map))
+        return fad_core->fail(FAD_DEVICE_ERROR, "the driver cannot describe v for a team of %d thread blocks",
+                              plan->team);
 #endif
     return FAD_OK;
 }

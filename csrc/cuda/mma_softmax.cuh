@@ -1,5 +1,5 @@
-/* The softmax of the mma family (N4 to N7) on the fragments that matrix instructions leave: a warp holds 16 rows by 64
- * keys, of which lane 4g + t has rows g and g + 8 and, of every eight keys, 2t and 2t + 1. mma.sync and wgmma agree on
+/* The softmax of the mma family (N4 to N7) on the fragments that matrix instructions leave: a warp holds 16 rows by a
+ * block of keys, of which lane 4g + t has rows g and g + 8 and, of every eight keys, 2t and 2t + 1. mma.sync and wgmma agree on
  * that, so all kernels share this file. */
 #ifndef FAD_CUDA_MMA_SOFTMAX_CUH
 #define FAD_CUDA_MMA_SOFTMAX_CUH
@@ -219,16 +219,19 @@ struct References {
      * are to be multiplied by. Returns whether any row of the warp moved. */
     __device__ __forceinline__ bool advance(const float (&x_max)[2], float c, float (&alpha)[2]) {
         float now[2] = {fad_f32_fma(x_max[0], c, FAD_F32_MAGIC), fad_f32_fma(x_max[1], c, FAD_F32_MAGIC)};
-        /* Monotonic, so that what is not above r is not above m either, however far below LIMIT. */
-        if (__all_sync(~0u, !far & (now[0] <= r[0]) & (now[1] <= r[1]))) {
-            alpha[0] = alpha[1] = 1;
-            return false;
-        }
-        bool near = !far;
+        /* A state that has seen something is above EMPTY, and so is every reference that can move it. One that has not is
+         * below all: if its first scores are that low, only the far form can tell. */
+        bool moved = far, near = !far;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
+            moved |= now[i] > r[i] || (r[i] == EMPTY && x_max[i] != -INFINITY);
+            near &= now[i] > EMPTY || r[i] != EMPTY || x_max[i] == -INFINITY;
             now[i] = fmaxf(now[i], r[i]);
             near &= fad_f32_bits(now[i]) <= HIGHEST;
+        }
+        if (!__any_sync(~0u, moved)) {
+            alpha[0] = alpha[1] = 1;
+            return false;
         }
         if (!__all_sync(~0u, near))
             return advance_far(x_max, c, alpha);

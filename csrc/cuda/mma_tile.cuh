@@ -1,7 +1,7 @@
 /* The generic tile kernel of the mma family: mma.sync and cp.async, for compute capability 8.0 and above.
  *
  * A thread block takes a tile of ROWS packed query rows; each of its warps owns MT times 16 of them and walks the blocks
- * of 64 keys that some row sees. K and V have one buffer each: while the scores are computed V is on its way, and K of
+ * of keys that some row sees. K and V have one buffer each: while the scores are computed V is on its way, and K of
  * the next block during softmax and values. */
 #ifndef FAD_CUDA_MMA_TILE_CUH
 #define FAD_CUDA_MMA_TILE_CUH

@@ -3,8 +3,8 @@
 MmaKernels mma_tile_fp16() {
     static const MmaKernel kernels[] = {
         mma_tile_of<MmaTileShape<FAD_FLOAT16, 64, 4, 1, 3>>(),  mma_tile_of<MmaTileShape<FAD_FLOAT16, 128, 4, 1, 2>>(),
-        mma_tile_of<MmaTileShape<FAD_FLOAT16, 256, 4, 1, 2>>(), mma_tile_of<MmaTileShape<FAD_FLOAT16, 64, 4, 2, 2>>(),
-        mma_tile_of<MmaTileShape<FAD_FLOAT16, 128, 4, 2, 2>>(), mma_tile_of<MmaTileShape<FAD_FLOAT16, 256, 8, 1, 1>>(),
+        mma_tile_of<MmaTileShape<FAD_FLOAT16, 256, 4, 1, 2>>(), mma_tile_of<MmaTileShape<FAD_FLOAT16, 64, 8, 1, 1>>(),
+        mma_tile_of<MmaTileShape<FAD_FLOAT16, 128, 8, 1, 1>>(), mma_tile_of<MmaTileShape<FAD_FLOAT16, 256, 8, 1, 1>>(),
     };
     return list_kernels(kernels);
 }

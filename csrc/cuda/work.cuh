@@ -69,7 +69,8 @@ static __device__ KeyRange key_range(const fad_attn_problem &p, const Tile &t, i
         full = {last.lo, first.hi};
     }
     seen.lo = max(seen.lo, (first_split + from) * p.split_size);
-    seen.hi = min(seen.hi, (first_split + to) * p.split_size);
+    if (to < MOST_SPLITS) /* else the product could overflow */
+        seen.hi = min(seen.hi, (first_split + to) * p.split_size);
     if (seen.hi <= seen.lo)
         return range;
     range.first = seen.lo / FAD_MMA_BLOCK_KV * FAD_MMA_BLOCK_KV;
