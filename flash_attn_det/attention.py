@@ -131,7 +131,9 @@ def _arguments(
     if arithmetic not in _ARITHMETIC:
         raise ValueError(f"arithmetic is {arithmetic!r}, expected one of {', '.join(map(repr, _ARITHMETIC))}")
     head_dim = q.shape[-1]
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and arithmetic in ("auto", "mma"):
+    on_tensor_cores = q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16)
+    family = "mma" if arithmetic.startswith("mma") or (arithmetic == "auto" and on_tensor_cores) else "fma"
+    if on_tensor_cores and family == "mma":
         q, k, v = map(_for_tensor_cores, (q, k, v))
     return (
         q, k, v, cu_seqlens_q, cu_seqlens_k,
@@ -143,7 +145,7 @@ def _arguments(
         _per_head("sinks", sinks, q, per_head, 1),
         1.0 / math.sqrt(max(head_dim, 1)) if scale is None else _number("scale", scale),
         bool(causal), *_window(window), _number("softcap", softcap),
-        resolve_split_size(split_size), _ARITHMETIC[arithmetic],
+        resolve_split_size(split_size, family), _ARITHMETIC[arithmetic],
     )  # fmt: skip
 
 
@@ -186,7 +188,8 @@ def attn(
         seqused_q get out = 0 and lse = -inf.
     leftpad_k [B] int32: rows of k and v to skip before the first key.
     k_pos [B] int32: position of the first key in its sequence, for a cache that dropped its oldest keys.
-    split_size: keys per split, a positive multiple of 128; default determinism.get_split_size(). Changes bits.
+    split_size: keys per split, a positive multiple of 128; default determinism.get_split_size(). Changes bits; without a
+        setting 512 in the fma family, 2048 in mma.
     arithmetic: "fma" is the portable family with the same bits on every CPU and GPU; "mma" is that of tensor cores;
         "auto" is "mma" for float16 and bfloat16 on a CUDA device and "fma" otherwise. Changes bits.
         "mma" wants rows of a multiple of 16 bytes: others are copied and padded with zeros, which no bit depends on.

@@ -19,11 +19,11 @@ def _checked(value: int, source: str = "split_size") -> int:
     return value
 
 
-def _from_environment() -> int:
+def _from_environment() -> int | None:
     name = "FLASH_ATTN_DET_SPLIT_SIZE"
     text = os.environ.get(name)
     if text is None:
-        return _CONSTANTS["DEFAULT_SPLIT_SIZE"]
+        return None
     try:
         value = int(text)
     except ValueError:
@@ -40,10 +40,15 @@ _process_value = _from_environment()
 _override = _Override()
 
 
-def get_split_size() -> int:
-    """Keys per split of a call that is given none: those of this thread's `split_size` block, else the process's."""
-    value = _override.value
-    return _process_value if value is None else value
+def get_split_size(family: str = "fma") -> int:
+    """Keys per split of a call that is given none: those of this thread's `split_size` block, else the process's, else
+    what the contract says of the family ("fma" or "mma"): 512 in fma, whose sums are one chain a split, so that their
+    error grows with it; 2048 in mma, where folds cost more than they gain.
+    """
+    value = _process_value if _override.value is None else _override.value
+    if value is None:
+        return _CONSTANTS["MMA_DEFAULT_SPLIT_SIZE" if family == "mma" else "DEFAULT_SPLIT_SIZE"]
+    return value
 
 
 def set_split_size(n: int) -> None:
@@ -80,9 +85,9 @@ class split_size:
         _override.value = self._outer.pop()
 
 
-def resolve_split_size(n: int | None) -> int:
-    """The split size of one call that was given n."""
-    return get_split_size() if n is None else _checked(n)
+def resolve_split_size(n: int | None, family: str) -> int:
+    """The split size of one call of a family that was given n."""
+    return get_split_size(family) if n is None else _checked(n)
 
 
 class DeterministicMode(NamedTuple):
@@ -103,7 +108,7 @@ def set_deterministic_mode(enabled: bool, split_size: int | None = None) -> None
 
 
 def get_deterministic_mode() -> DeterministicMode:
-    """(enabled, split_size); enabled is always True."""
+    """(enabled, split_size); enabled is always True, split_size is get_split_size()."""
     return DeterministicMode(True, get_split_size())
 
 

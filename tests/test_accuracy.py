@@ -42,15 +42,13 @@ def with_both_layouts(*qkv, **keywords):
 
 @pytest.mark.parametrize("Sk", [100, 5000])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("split_size", "times"), [(512, 2), (2048, 2.5)])
-def test_error_is_no_larger_than_a_few_times_that_of_torch(dtype, Sk, split_size, times):
-    """A split is one chain of sums, and its error grows with it: in fp32, 1.3 times torch's at 512, 2.3 at 2048."""
+def test_error_is_no_larger_than_twice_that_of_torch(dtype, Sk):
     qkv = tensors(Sk=Sk, dtype=DTYPES[dtype])
     exact = attn_oracle(*qkv)
-    largest, rms = errors(fad.attn(*qkv, split_size=split_size), exact)
+    largest, rms = errors(fad.attn(*qkv), exact)
     torch_largest, torch_rms = errors(sdpa(*qkv), exact)
-    assert rms <= times * torch_rms
-    assert largest <= 1.5 * times * torch_largest
+    assert rms <= 2 * torch_rms
+    assert largest <= 3 * torch_largest
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

@@ -93,7 +93,7 @@ def facts(device: str) -> dict[str, str]:
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "flash_attn_det": fad.__version__,
         "contract": ", ".join(f"{name} {value}" for name, value in contract.items()),
-        "split size": str(fad.get_split_size()),
+        "split size": f"{fad.get_split_size()} (fma), {fad.get_split_size('mma')} (mma)",
         "commit": commit(),
     }
 
