@@ -35,11 +35,11 @@ def test_every_layer_of_a_real_encoder(example, capsys):
     assert texts >= 200
     rows = [match.groupdict() for match in ROW.finditer(printed)]
     assert {row["way"] for row in rows} == {way[0] for way in example.WAYS}
-    assert {row["split"] for row in rows} == {"128", "2048"}
+    assert {row["split"] for row in rows} == {"128", "512"}
     for row in rows:
         assert int(row["outputs"]) == 6 * texts  # six layers
         assert row["differ"] == "0"
-        if row["split"] == "2048" and row["way"] != "alone, again":
+        if row["split"] == "512" and row["way"] != "alone, again":
             assert not row["control"].startswith("0 "), f"the control did not differ: {row}"
     assert "batch-invariant linear layers" in printed
 
