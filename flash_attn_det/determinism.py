@@ -44,24 +44,27 @@ def get_split_size(family: str = "fma") -> int:
     """Keys per split of a call that is given none: those of this thread's `split_size` block, else the process's, else
     what the contract says of the family ("fma" or "mma"): 512 in fma, whose sums are one chain a split, so that their
     error grows with it; 2048 in mma, where folds cost more than they gain.
+    Raises ValueError for another family.
     """
+    if family not in ("fma", "mma"):
+        raise ValueError(f"family is {family!r}, expected 'fma' or 'mma'")
     value = _process_value if _override.value is None else _override.value
     if value is None:
         return _CONSTANTS["MMA_DEFAULT_SPLIT_SIZE" if family == "mma" else "DEFAULT_SPLIT_SIZE"]
     return value
 
 
-def set_split_size(n: int) -> None:
+def set_split_size(n: int | None) -> None:
     """Set the split size of the whole process, for every thread that is not inside a `split_size` block.
 
-    n: keys per split, a positive multiple of MMA_BLOCK_KV (128). It is static configuration: another value gives other
-    bits (clause N3), so set it once, before work starts; to use several values at once, pass split_size to the call or
-    use the `split_size` block. Every call reads the value exactly once. Compiled functions notice a change and
-    recompile.
+    n: keys per split in both families, a positive multiple of MMA_BLOCK_KV (128); None: each family's own default. It is
+    static configuration: another value gives other bits (clause N3), so set it once, before work starts; to use several
+    values at once, pass split_size to the call or use the `split_size` block. Every call reads the value exactly once.
+    Compiled functions notice a change and recompile.
     Raises TypeError, ValueError.
     """
     global _process_value
-    _process_value = _checked(n)
+    _process_value = None if n is None else _checked(n)
 
 
 class split_size:

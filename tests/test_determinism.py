@@ -18,9 +18,8 @@ DEFAULT = fad.contract()["DEFAULT_SPLIT_SIZE"]
 
 @pytest.fixture(autouse=True)
 def _restore():
-    before = fad.get_split_size()
     yield
-    fad.set_split_size(before)
+    fad.set_split_size(None)
 
 
 def run_python(code: str, **environment) -> subprocess.CompletedProcess:
@@ -197,3 +196,22 @@ def test_a_block_around_a_coroutine():
 
     assert asyncio.run(inside()) == 2 * BLOCK
     assert fad.get_split_size() == BLOCK
+
+
+def test_each_family_has_a_default_and_a_setting_is_for_both():
+    contract = fad.contract()
+    code = "import flash_attn_det as f; print(f.get_split_size(), f.get_split_size('mma'))"
+    defaults = f"{contract['DEFAULT_SPLIT_SIZE']} {contract['MMA_DEFAULT_SPLIT_SIZE']}"
+    assert run_python(code).stdout.strip() == defaults
+    with fad.split_size(3 * BLOCK):
+        assert fad.get_split_size("fma") == fad.get_split_size("mma") == 3 * BLOCK
+    with pytest.raises(ValueError, match="family is 'tensor', expected 'fma' or 'mma'"):
+        fad.get_split_size("tensor")
+
+
+def test_n3_default_split_is_that_of_the_family_of_the_call():
+    contract = fad.contract()
+    q, k, v = (torch.randn(1, n, 2, 16, generator=torch.Generator().manual_seed(n)).half() for n in (2, 3000, 3000))
+    for arithmetic, name in (("fma", "DEFAULT_SPLIT_SIZE"), ("mma_sm90", "MMA_DEFAULT_SPLIT_SIZE")):
+        partials = fad.attn_partials(q, k, v, arithmetic=arithmetic)
+        assert partials.o.shape[0] == -(-3000 // contract[name])

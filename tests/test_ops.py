@@ -153,7 +153,6 @@ def test_compiled_function_follows_the_split_size():
         with fad.split_size(384):
             in_thread["block"] = compiled(q, k, v)
 
-    before = fad.get_split_size()
     try:
         fad.set_split_size(1024)
         assert_bits_equal(compiled(q, k, v), want[1024])
@@ -170,7 +169,7 @@ def test_compiled_function_follows_the_split_size():
         assert_bits_equal(in_thread["process"], want[256])
         assert_bits_equal(in_thread["block"], want[384])
     finally:
-        fad.set_split_size(before)
+        fad.set_split_size(None)
 
 
 def test_split_size_block_inside_a_compiled_function():

@@ -98,7 +98,8 @@ template <class S> struct MmaDecodeProducer {
     const Team<S> team;
     Ring ring;
 
-    /* Every lane. fill(to) starts the copies of a slot. */
+    /* fill(slot, barrier) starts the copies into the next slot as soon as it is empty. By one lane with the copy engine,
+     * else by the whole warp. */
     template <class Fill> __device__ __forceinline__ void next(Fill fill) {
         MemoryBarrier &full = sm.full[ring.index];
         barrier_wait(sm.empty[ring.index], ring.round ^ 1);
@@ -174,10 +175,11 @@ template <class S> struct DecodeWarp {
     const fad_attn_problem &p;
     MmaDecodeShared<S> &sm;
     const Team<S> team;
-    const int warp = opaque(threadIdx.x / 32 % ROLE_WARPS), lane = opaque(threadIdx.x % 32); /* warp: of its role */
-    const float c;                                                                           /* N5 */
-    Ring ring;                                                                               /* the next slot */
-    Ring exchange;         /* the next exchange of the team */
+    /* warp: of its role. c: N5. ring: the next slot. exchange: the next one of the team. */
+    const int warp = opaque(threadIdx.x / 32 % ROLE_WARPS), lane = opaque(threadIdx.x % 32);
+    const float c;
+    Ring ring;
+    Ring exchange;
     float m[S::LANE_ROWS]; /* the running reference of row lane % 16, or of rows lane and lane + 32 */
 
     __device__ DecodeWarp(const fad_attn_problem &problem, MmaDecodeShared<S> &shared, float factor)

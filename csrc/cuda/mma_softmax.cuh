@@ -1,6 +1,6 @@
 /* The softmax of the mma family (N4 to N7) on the fragments that matrix instructions leave: a warp holds 16 rows by a
- * block of keys, of which lane 4g + t has rows g and g + 8 and, of every eight keys, 2t and 2t + 1. mma.sync and wgmma agree on
- * that, so all kernels share this file. */
+ * block of keys, of which lane 4g + t has rows g and g + 8 and, of every eight keys, 2t and 2t + 1. mma.sync and wgmma
+ * agree on that, so all kernels share this file. */
 #ifndef FAD_CUDA_MMA_SOFTMAX_CUH
 #define FAD_CUDA_MMA_SOFTMAX_CUH
 

@@ -1,4 +1,4 @@
-/* The values step of the mma family: O of a warp's 16 rows += P V for 64 keys, where that is not the plain step. */
+/* The values step of the mma family: O of a warp's 16 rows += P V for a block of keys, where that is not the plain step. */
 #ifndef FAD_CUDA_MMA_VALUES_CUH
 #define FAD_CUDA_MMA_VALUES_CUH
 
