@@ -57,8 +57,8 @@ def get_split_size(family: str = "fma") -> int:
 def set_split_size(n: int | None) -> None:
     """Set the split size of the whole process, for every thread that is not inside a `split_size` block.
 
-    n: keys per split in both families, a positive multiple of MMA_BLOCK_KV (128); None: each family's own default. It is
-    static configuration: another value gives other bits (clause N3), so set it once, before work starts; to use several
+    n: keys per split in both families, a positive multiple of MMA_BLOCK_KV (128); None: each family has its own. It is
+    static: another value gives other bits (clause N3), so set it once, before work starts; to use several
     values at once, pass split_size to the call or use the `split_size` block. Every call reads the value exactly once.
     Compiled functions notice a change and recompile.
     Raises TypeError, ValueError.
