@@ -150,7 +150,6 @@ typedef struct fad_schedule {
     int32_t tile_rows;      /* 0: auto; query rows of one work item, 1 .. 256 */
     int32_t split_parallel; /* 0: auto, 1: never (splits folded in place), 2: always (partials in the workspace) */
     int32_t kernel;         /* CUDA, mma family. 0: auto, 1: generic, 2: Hopper's, and generic where it cannot run */
-    int32_t team;           /* CUDA, few rows. 0: auto, else thread blocks that share an item, at most: 1, 2, 4 or 8 */
 } fad_schedule;
 FAD_API fad_status fad_force_schedule(const fad_schedule *schedule); /* null: back to automatic */
 

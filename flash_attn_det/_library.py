@@ -17,7 +17,6 @@ class Schedule(ctypes.Structure):
         ("tile_rows", ctypes.c_int32),
         ("split_parallel", ctypes.c_int32),
         ("kernel", ctypes.c_int32),
-        ("team", ctypes.c_int32),
     )
 
 

@@ -22,14 +22,12 @@ def forced(
     tile_rows: int | None = None,
     split_parallel: bool | None = None,
     kernel: str | None = None,
-    team: int | None = None,
 ) -> Iterator[None]:
     """Within the block, calls from this thread use these choices; None leaves one automatic. Blocks do not nest.
 
     isa: a name from isas(). layout: "rows" or "keys", what a vector lane stands for. tile_rows: query rows of one work
     item, 1 .. 256. split_parallel: whether splits are computed side by side and folded afterwards. kernel: "generic"
     or "hopper", the kernels of the mma family on a GPU; "generic" also runs where the other cannot.
-    team: 1, 2, 4 or 8 thread blocks that share an item of few rows on a GPU, or as many of them as it can have.
     Raises ValueError for a value out of range, and KeyError for an unknown layout or kernel.
     """
     schedule = _library.Schedule(
@@ -38,7 +36,6 @@ def forced(
         tile_rows=0 if tile_rows is None else tile_rows,
         split_parallel=_SPLIT_PARALLEL[split_parallel],
         kernel=_KERNELS[kernel],
-        team=0 if team is None else team,
     )
     _library.force_schedule(schedule)
     try:

@@ -52,7 +52,6 @@ KERNELS = {
     "generic 64": {"kernel": "generic", "tile_rows": 64, "split_parallel": False},
     "generic 128": {"kernel": "generic", "tile_rows": 128, "split_parallel": False},
     "hopper": {"kernel": "hopper", "split_parallel": False},
-    "hopper 16, team of 4": {"kernel": "hopper", "tile_rows": 16, "team": 4},
 }
 every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 

@@ -42,12 +42,10 @@ pytestmark = needs_gpu
 
 HALF_CASES = [case for case in CASES if case.dtype in ("fp16", "bf16")]
 ALL_CASES = [*HALF_CASES, *LARGE_CASES]
-# Tiles of 16 rows are the decode kernel's, which teams of thread blocks can share on Hopper; 64 and 128 are those of
-# prompts; None is the kernel's own choice.
+# Tiles of 16 rows are the decode kernel's; 64 and 128 are those of prompts; None is the kernel's own choice.
 KERNELS = {
     **{f"generic {rows or 'auto'}": {"kernel": "generic", "tile_rows": rows} for rows in (None, 16, 64, 128)},
-    **{f"hopper {rows or 'auto'}": {"kernel": "hopper", "tile_rows": rows} for rows in (None, 128)},
-    **{f"hopper 16, team of {n}": {"kernel": "hopper", "tile_rows": 16, "team": n} for n in (1, 2, 4, 8)},
+    **{f"hopper {rows or 'auto'}": {"kernel": "hopper", "tile_rows": rows} for rows in (None, 16, 128)},
 }
 SCHEDULES = {
     f"{name} {'spilled' if split_parallel else 'folded'}": {**kernel, "split_parallel": split_parallel}

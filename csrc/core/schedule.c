@@ -16,8 +16,6 @@ fad_status fad_force_schedule(const fad_schedule *schedule) {
                         s.split_parallel);
     if (s.kernel < 0 || s.kernel > 2)
         return fad_fail(FAD_INVALID_ARGUMENT, "kernel is %d, expected 0 (auto), 1 (generic) or 2 (hopper)", s.kernel);
-    if (s.team != 0 && s.team != 1 && s.team != 2 && s.team != 4 && s.team != 8)
-        return fad_fail(FAD_INVALID_ARGUMENT, "team is %d, expected 0 (auto), 1, 2, 4 or 8", s.team);
     forced = s;
     return FAD_OK;
 }

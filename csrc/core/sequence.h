@@ -20,7 +20,7 @@ FAD_FN int64_t fad_sequence_count(const fad_attn_problem *p) { return p->B + (p-
 FAD_FN int64_t fad_split_capacity(const fad_attn_problem *p) { return fad_partition_end(p->Sk, p->split_size); }
 
 /* Query heads per kv head. */
-FAD_FN int64_t fad_group(const fad_attn_problem *p) { return p->Hq / p->Hk; }
+FAD_FN int64_t fad_group(const fad_attn_problem *p) { return fad_quotient(p->Hq, p->Hk); }
 
 FAD_FN int64_t fad_clamp(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : x > hi ? hi : x; }
 

@@ -20,10 +20,12 @@ static const FmaKernel fma_kernels[] = {
 
 struct Plan {
     const FmaKernel *kernel;
-    size_t shared_bytes;
-    int64_t n_tiles, n_splits; /* upper bounds for packed calls */
+    size_t shared_bytes, most_shared; /* of a thread block, beside its Tile; what this device has */
+    int64_t n_tiles, n_splits;        /* upper bounds for packed calls */
     bool spill;
 };
+
+static size_t most_shared(const Device &device) { return (size_t)device.shared_bytes - sizeof(Tile); }
 
 /* The largest tile that the rows of a sequence fill and the device's shared memory holds, or the forced one. */
 static const FmaKernel *choose_kernel(const fad_attn_problem *p, const Device &device) {
@@ -31,8 +33,7 @@ static const FmaKernel *choose_kernel(const fad_attn_problem *p, const Device &d
     const FmaKernel *best = nullptr;
     for (const FmaKernel &k : fma_kernels) {
         const bool narrowest = k.values >= p->Dv && (k.values == 64 || k.values / 2 < p->Dv);
-        if (!narrowest || k.shared_bytes(p->D) + sizeof(Tile) > (size_t)device.shared_bytes ||
-            (forced && k.rows > forced && best))
+        if (!narrowest || k.shared_bytes(p->D) > most_shared(device) || (forced && k.rows > forced && best))
             continue;
         if (forced || !best || best->rows < rows)
             best = &k;
@@ -48,6 +49,7 @@ static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
         return fad_core->fail(FAD_UNSUPPORTED, "head dim %lld needs more shared memory than this device has",
                               (long long)p->D);
     plan->shared_bytes = plan->kernel->shared_bytes(p->D);
+    plan->most_shared = most_shared(device);
     plan->n_tiles = tile_bound(*p, plan->kernel->rows);
     plan->n_splits = most_splits(p);
     const int forced = fad_core->forced_schedule()->split_parallel;
@@ -74,8 +76,8 @@ static fad_status workspace(const fad_attn_problem *p, int32_t, size_t *bytes) {
 
 static fad_status run_splits(const fad_attn_problem *p, const Plan &plan, const fad_partials &partials,
                              int64_t n_splits, void *stream) {
-    return launch(plan.kernel->split, plan.n_tiles * n_splits, THREADS, plan.shared_bytes, stream, {}, *p, partials,
-                  plan.n_tiles);
+    return launch(plan.kernel->split, plan.n_tiles * n_splits, THREADS, plan.shared_bytes, stream,
+                  {plan.most_shared, false}, *p, partials, plan.n_tiles);
 }
 
 static fad_status forward(const fad_attn_problem *p, const fad_runtime *runtime) {
@@ -83,7 +85,8 @@ static fad_status forward(const fad_attn_problem *p, const fad_runtime *runtime)
     fad_partials partials;
     TRY(make_plan(p, &plan));
     if (!plan.spill)
-        return launch(plan.kernel->prefill, plan.n_tiles, THREADS, plan.shared_bytes, runtime->stream, {}, *p,
+        return launch(plan.kernel->prefill, plan.n_tiles, THREADS, plan.shared_bytes, runtime->stream,
+                      {plan.most_shared, false}, *p,
                       running_bytes(p, plan) ? (float *)runtime->workspace : (float *)nullptr);
     lay_out_partials(p, plan.n_splits, (char *)runtime->workspace, &partials);
     TRY(run_splits(p, plan, partials, plan.n_splits, runtime->stream));

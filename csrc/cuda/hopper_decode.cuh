@@ -1,4 +1,4 @@
-/* The split-KV kernel (mma_decode.cuh) with what compute capability 9.0 adds: the copy engine, and clusters as teams. */
+/* The split-KV kernel (mma_decode.cuh) with what compute capability 9.0 adds: the copy engine. */
 #ifndef FAD_CUDA_HOPPER_DECODE_CUH
 #define FAD_CUDA_HOPPER_DECODE_CUH
 
@@ -6,14 +6,14 @@
 #include "mma_decode.cuh"
 
 template <class S>
-__global__ void __launch_bounds__(DECODE_THREADS, 1)
+__global__ void __launch_bounds__(DECODE_THREADS, S::RESIDENT)
     hopper_decode_kernel(const __grid_constant__ fad_attn_problem p, const __grid_constant__ Work work,
                          const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map) {
     mma_decode<S>(p, work, &k_map, &v_map);
 }
 
 template <class S> static HopperKernel hopper_decode_of() {
-    return {{S::ROWS, S::D, DECODE_THREADS, S::LARGEST_TEAM, sizeof(MmaDecodeShared<S>), 0, nullptr},
+    return {{DECODE_ROWS, S::D, DECODE_THREADS, false, sizeof(MmaDecodeShared<S>), 0, nullptr},
             SLOT_KEYS,
             hopper_decode_kernel<S>};
 }

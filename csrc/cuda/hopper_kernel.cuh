@@ -8,7 +8,7 @@
 
 struct HopperKernel {
     MmaKernel shape; /* without run */
-    int box_keys;    /* of K that are copied at a time; of V, times the size of the team */
+    int box_keys;    /* copied at a time */
     void (*run)(fad_attn_problem, Work, CUtensorMap k, CUtensorMap v);
 };
 
@@ -21,6 +21,6 @@ HopperKernels hopper_decode_bf16(), hopper_decode_fp16(), hopper_tile_bf16(), ho
 /* The kernel for a call's head dims and this many rows of a sequence. */
 const HopperKernel *find_hopper_kernel(const fad_attn_problem *p, int64_t rows);
 /* K and V for the copy engine; false: it cannot address them, and the generic kernels have to serve. */
-bool describe_keys(const fad_attn_problem *p, const HopperKernel &kernel, int team, CUtensorMap *k, CUtensorMap *v);
+bool describe_keys(const fad_attn_problem *p, const HopperKernel &kernel, CUtensorMap *k, CUtensorMap *v);
 
 #endif

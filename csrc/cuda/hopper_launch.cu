@@ -33,34 +33,28 @@ static EncodeTiled encoder() {
     return found;
 }
 
-/* Boxes of `keys` keys by 16, 32 or 64 dims of a view [B, Sk, Hk, dims], swizzled by their width, zeros outside the
+/* Boxes of some keys by 64 dims of a view [B, Sk, Hk, dims], swizzled by their width of 128 bytes, zeros outside the
  * buffer. False where the copy engine cannot address it. */
-static bool describe(const fad_attn_problem *p, const fad_view &view, int64_t dims, int box_keys, int box_dims,
-                     CUtensorMap *map) {
+static bool describe(const fad_attn_problem *p, const fad_view &view, int64_t dims, int box_keys, CUtensorMap *map) {
     const cuuint64_t sizes[4] = {(cuuint64_t)dims, (cuuint64_t)p->Sk, (cuuint64_t)p->Hk,
                                  (cuuint64_t)(p->cu_seqlens_k ? 1 : p->B)};
     const int64_t strides[3] = {view.stride_s, view.stride_h, view.stride_b};
     cuuint64_t bytes[3];
-    const cuuint32_t box[4] = {(cuuint32_t)box_dims, (cuuint32_t)box_keys, 1, 1}, steps[4] = {1, 1, 1, 1};
+    const cuuint32_t box[4] = {64, (cuuint32_t)box_keys, 1, 1}, steps[4] = {1, 1, 1, 1};
     for (int i = 0; i < 3; i++) {
         if (sizes[i + 1] > 1 && (strides[i] <= 0 || strides[i] >= INT64_C(1) << 39))
             return false;
         bytes[i] = sizes[i + 1] > 1 ? (cuuint64_t)strides[i] * 2 : 16; /* of one row, one head: not used */
     }
-    const CUtensorMapSwizzle swizzle = box_dims == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
-                                       : box_dims == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                        : CU_TENSOR_MAP_SWIZZLE_32B;
     for (int i = 0; i < 4; i++)
         if (sizes[i] == 0 || sizes[i] > INT32_MAX)
             return false;
     return encoder() &&
            encoder()(map, p->dtype == FAD_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                     4, view.data, sizes, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                     4, view.data, sizes, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-bool describe_keys(const fad_attn_problem *p, const HopperKernel &kernel, int team, CUtensorMap *k, CUtensorMap *v) {
-    constexpr int LARGEST_BOX = 256;
-    return describe(p, p->k, p->D, kernel.box_keys, 64, k) &&
-           describe(p, p->v, p->Dv, min(kernel.box_keys * team, LARGEST_BOX), min(kernel.shape.dims / team, 64), v);
+bool describe_keys(const fad_attn_problem *p, const HopperKernel &kernel, CUtensorMap *k, CUtensorMap *v) {
+    return describe(p, p->k, p->D, kernel.box_keys, k) && describe(p, p->v, p->Dv, kernel.box_keys, v);
 }

@@ -1,4 +1,4 @@
-/* Hopper's own instructions, one a function: the copy engine (TMA), clusters, matrix instructions of a warpgroup (wgmma),
+/* Hopper's own instructions, one a function: the copy engine (TMA), matrix instructions of a warpgroup (wgmma),
  * registers. Compute capability 9.0a. */
 #ifndef FAD_CUDA_HOPPER_PTX_CUH
 #define FAD_CUDA_HOPPER_PTX_CUH
@@ -7,7 +7,7 @@
 
 #include <cuda.h>
 
-/* Makes initialised barriers known to the copy engine and to the cluster. */
+/* Makes initialised barriers known to the copy engine. */
 static __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -34,12 +34,27 @@ static __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+/* Fetches a description of the copy engine's before its first use. */
+static __device__ __forceinline__ void prefetch_map(const CUtensorMap &map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+/* How long the L2 cache should keep what a copy reads. */
+static __device__ __forceinline__ uint64_t keep_as_usual() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+static __device__ __forceinline__ uint64_t read_once() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
 /* Starts the copy of a box at coordinates (dim, row, head, batch); its bytes arrive at the barrier. */
 static __device__ __forceinline__ void copy_box(void *to, const CUtensorMap &map, MemoryBarrier &barrier, int dim,
-                                                int row, int head, int batch) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
-                 "%6}], [%2];" ::"r"(shared_address(to)),
-                 "l"(&map), "r"(shared_address(&barrier)), "r"(dim), "r"(row), "r"(head), "r"(batch)
+                                                int row, int head, int batch, uint64_t policy) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+                 "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
+                 "l"(&map), "r"(shared_address(&barrier)), "r"(dim), "r"(row), "r"(head), "r"(batch), "l"(policy)
                  : "memory");
 }
 
@@ -55,45 +70,6 @@ static __device__ __forceinline__ bool named_barrier_or(int id, int threads, boo
                  : "r"((unsigned)value), "r"(id), "r"(threads)
                  : "memory");
     return any;
-}
-
-/* Thread blocks of a cluster: how many, and which one this is. */
-static __device__ __forceinline__ int cluster_size() {
-    int size;
-    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
-    return size;
-}
-static __device__ __forceinline__ int cluster_rank() {
-    int rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-/* Every thread of the cluster. */
-static __device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-/* Where the same place lies in the shared memory of another thread block of the cluster. */
-static __device__ __forceinline__ unsigned address_in(const void *mine, int rank) {
-    unsigned address;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
-    return address;
-}
-/* Arrives at a barrier there. */
-static __device__ __forceinline__ void barrier_arrive_in(unsigned address) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
-}
-/* Starts a store there; its bytes arrive at a barrier of that thread block. */
-static __device__ __forceinline__ void store_in(unsigned address, float x, unsigned barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
-                 "r"(__float_as_uint(x)), "r"(barrier)
-                 : "memory");
-}
-static __device__ __forceinline__ void store_in(unsigned address, uint4 x, unsigned barrier) {
-    asm volatile(
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-            address),
-        "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
-        : "memory");
 }
 
 template <int REGISTERS> static __device__ __forceinline__ void give_registers() {

@@ -86,16 +86,17 @@ static __device__ __forceinline__ void copy_blocks(const fad_attn_problem &p, co
     const fad_sequence &seq = item.t.seq;
     const int row0 = (int)(seq.k_row + item.range.first - seq.span.k_pos), head = (int)item.t.head_k,
               batch = p.cu_seqlens_k ? 0 : (int)seq.index, blocks = item.range.blocks;
+    const uint64_t policy = keep_as_usual(); /* other tiles of the head read the same */
     auto copy = [&](const CUtensorMap &map, int block) {
 #pragma unroll
-        for (int part = 0; part < S::PARTS; part++, ring.advance<S::SLOTS>()) {
+        for (int part = 0; part < S::PARTS; part++, ring.advance(S::SLOTS)) {
             const int i = ring.index;
             barrier_wait(sm.empty[i], ring.round ^ 1);
             barrier_arrive_expect(sm.full[i], S::SLOT);
 #pragma unroll
             for (int piece = 0; piece < S::PIECES; piece++)
                 copy_box(sm.ring[i] + piece * S::BOX, map, sm.full[i], (part * S::PIECES + piece) * 64,
-                         row0 + block * BLOCK_KEYS, head, batch);
+                         row0 + block * BLOCK_KEYS, head, batch, policy);
         }
     };
     if (S::OVERLAP && blocks > 0)
@@ -114,7 +115,7 @@ template <class S>
 static __device__ __forceinline__ void produce_items(const fad_attn_problem &p, const Work &work, HopperShared<S> &sm) {
     int64_t number = blockIdx.x;
     bool exists = true;
-    for (Ring slot; exists; slot.advance<ITEMS>()) {
+    for (Ring slot; exists; slot.advance(ITEMS)) {
         HopperItem &item = sm.items[slot.index];
         exists = false;
         barrier_wait(sm.item_empty[slot.index], slot.round ^ 1);
@@ -133,7 +134,7 @@ template <class S>
 static __device__ __forceinline__ void produce_keys(const fad_attn_problem &p, const CUtensorMap &k_map,
                                                     const CUtensorMap &v_map, HopperShared<S> &sm) {
     Ring ring;
-    for (Ring slot;; slot.advance<ITEMS>()) {
+    for (Ring slot;; slot.advance(ITEMS)) {
         const HopperItem &item = sm.items[slot.index];
         barrier_wait(sm.item_full[slot.index], slot.round);
         const bool exists = item.exists;
@@ -153,7 +154,7 @@ template <class S>
 static __device__ __forceinline__ void produce_queries(const fad_attn_problem &p, HopperShared<S> &sm) {
     const int thread = threadIdx.x % (QUERY_WARPS * 32);
     Ring buffer;
-    for (Ring slot;; slot.advance<ITEMS>(), buffer.advance<S::Q_BUFFERS>()) {
+    for (Ring slot;; slot.advance(ITEMS), buffer.advance(S::Q_BUFFERS)) {
         const HopperItem &item = sm.items[slot.index];
         barrier_wait(sm.item_full[slot.index], slot.round);
         if (!item.exists)
@@ -236,7 +237,7 @@ template <class S> struct HopperConsumer {
     __device__ __forceinline__ Slots wait_for_block(bool arrived = false) {
         Slots slots;
 #pragma unroll
-        for (int i = 0; i < S::PARTS; i++, ring.template advance<S::SLOTS>()) {
+        for (int i = 0; i < S::PARTS; i++, ring.advance(S::SLOTS)) {
             if (i > 0 || !arrived)
                 barrier_wait(sm.full[ring.index], ring.round);
             slots.part[i] = ring.index;
@@ -477,7 +478,7 @@ template <class S> struct HopperConsumer {
     }
 
     __device__ __forceinline__ void run(const Work &work) {
-        for (Ring slot;; slot.advance<ITEMS>(), q_buffer.template advance<S::Q_BUFFERS>()) {
+        for (Ring slot;; slot.advance(ITEMS), q_buffer.advance(S::Q_BUFFERS)) {
             const HopperItem &item = sm.items[slot.index];
             barrier_wait(sm.item_full[slot.index], slot.round);
             if (!item.exists)
@@ -525,7 +526,7 @@ __global__ void __launch_bounds__(S::THREADS, 1)
 }
 
 template <class S> static HopperKernel hopper_kernel_of() {
-    return {{S::ROWS, S::D, S::THREADS, 0, sizeof(HopperShared<S>),
+    return {{S::ROWS, S::D, S::THREADS, true, sizeof(HopperShared<S>),
              S::REST_IN_SHARED ? 0 : S::CONSUMERS * S::N * GROUP_THREADS * sizeof(float4), nullptr},
             BLOCK_KEYS,
             hopper_tile_kernel<S>};

@@ -21,8 +21,10 @@ struct Device {
 };
 fad_status get_device(Device *device);
 
+/* most_shared: the most that any launch of this kernel may ask for. It is a setting of the kernel, which other threads
+ * launch too, so that all must give the same; 0: none asks for any. */
 struct LaunchOptions {
-    int cluster;           /* thread blocks of a cluster; 0: none */
+    size_t most_shared;
     bool before_last_ends; /* may start before the kernel before it has ended, because it waits for it itself */
 };
 
@@ -34,14 +36,10 @@ static fad_status launch(void (*kernel)(Args...), int64_t blocks, int threads, s
     if (blocks > INT32_MAX)
         return fad_core->fail(FAD_UNSUPPORTED, "the call needs %lld thread blocks, a launch holds %d",
                               (long long)blocks, INT32_MAX);
-    TRY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    cudaLaunchAttribute attributes[2];
+    if (options.most_shared)
+        TRY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)options.most_shared));
+    cudaLaunchAttribute attributes[1];
     cudaLaunchConfig_t config = {(unsigned)blocks, (unsigned)threads, shared, (cudaStream_t)stream, attributes, 0};
-    if (options.cluster) {
-        cudaLaunchAttribute &attribute = attributes[config.numAttrs++];
-        attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim = {(unsigned)options.cluster, 1, 1};
-    }
     if (options.before_last_ends) {
         cudaLaunchAttribute &attribute = attributes[config.numAttrs++];
         attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

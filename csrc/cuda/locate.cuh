@@ -64,9 +64,9 @@ static __device__ Tile locate_tile(const fad_attn_problem &p, int rows, int64_t 
     int b;
     int64_t per_head;
     if (!p.cu_seqlens_q) {
-        per_head = (p.Sq * group + rows - 1) / rows;
-        b = (int)(number / (per_head * p.Hk));
-        number %= per_head * p.Hk;
+        per_head = fad_quotient(p.Sq * group + rows - 1, rows);
+        b = (int)fad_quotient(number, per_head * p.Hk);
+        number -= b * per_head * p.Hk;
         if (b >= p.B)
             return t;
     } else {
@@ -77,14 +77,14 @@ static __device__ Tile locate_tile(const fad_attn_problem &p, int rows, int64_t 
         b = find_sequence((int)fad_sequence_count(&p), number, tiles);
         if (b < 0)
             return t;
-        per_head = tiles(b) / p.Hk;
+        per_head = fad_quotient(tiles(b), p.Hk);
     }
     t.seq = fad_get_sequence(&p, b);
-    t.head_k = number / per_head;
+    t.head_k = fad_quotient(number, per_head);
     /* last rows first: under a causal mask they are the longest */
-    const int64_t row0 = (per_head - 1 - number % per_head) * rows;
-    t.i0 = row0 / group;
-    t.g0 = (unsigned)(row0 % group);
+    const int64_t row0 = (per_head - 1 - (number - t.head_k * per_head)) * rows;
+    t.i0 = fad_quotient(row0, group);
+    t.g0 = (unsigned)(row0 - t.i0 * group);
     t.group = (unsigned)group;
     t.n_rows = (int)min((int64_t)rows, t.seq.q_rows * group - row0);
     t.n_active = (int)fad_clamp(t.seq.span.n_q * group - row0, 0, t.n_rows);

@@ -7,10 +7,10 @@ struct Plan {
     const MmaKernel *kernel;
     const HopperKernel *hopper; /* kernel is its shape; null: a generic one */
     CUtensorMap k_map, v_map;   /* for it */
-    int resident;               /* thread blocks that the device holds at once */
-    int64_t n_tiles, n_splits;  /* upper bounds for packed calls */
-    int64_t item_splits;        /* consecutive splits that are one item, */
-    int team;                   /* on which that many thread blocks work; 0: they take one after the other */
+    Device device;
+    int resident;              /* thread blocks that the device holds at once */
+    int64_t n_tiles, n_splits; /* upper bounds for packed calls */
+    int64_t item_splits;       /* consecutive splits that are one item */
     bool spill;
 };
 
@@ -37,27 +37,27 @@ static const MmaKernel *choose_kernel(const fad_attn_problem *p, const Device &d
 }
 
 /* The Hopper kernel where it can run, else null. */
-static void choose_hopper(const fad_attn_problem *p, const Device &device, Plan *plan) {
+static void choose_hopper(const fad_attn_problem *p, Plan *plan) {
     plan->hopper = nullptr;
 #ifdef FAD_HOPPER
     const fad_schedule *forced = fad_core->forced_schedule();
-    if (device.compute != 90 || forced->kernel == 1)
+    if (plan->device.compute != 90 || forced->kernel == 1)
         return;
     plan->hopper = find_hopper_kernel(p, forced->tile_rows ? forced->tile_rows : typical_rows(p));
-    if (!describe_keys(p, *plan->hopper, 1, &plan->k_map, &plan->v_map))
+    if (!describe_keys(p, *plan->hopper, &plan->k_map, &plan->v_map))
         plan->hopper = nullptr;
 #else
-    (void)p, (void)device;
+    (void)p;
 #endif
 }
 
-static fad_status count_resident(const Plan &plan, const Device &device, int *resident) {
+static fad_status count_resident(const Plan &plan, int *resident) {
     const MmaKernel &kernel = *plan.kernel;
     const void *run = plan.hopper ? (const void *)plan.hopper->run : (const void *)kernel.run;
     int of_one;
-    TRY_CUDA(cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)kernel.shared_bytes));
+    TRY_CUDA(cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.device.shared_bytes));
     TRY_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_one, run, kernel.threads, kernel.shared_bytes));
-    *resident = of_one * device.multiprocessors;
+    *resident = of_one * plan.device.multiprocessors;
     return FAD_OK;
 }
 
@@ -80,18 +80,6 @@ static int64_t split_run(const Plan &plan) {
 
 static int64_t runs_of(const Plan &plan, int64_t n_splits) {
     return (n_splits + plan.item_splits - 1) / plan.item_splits;
-}
-
-/* Thread blocks to an item. Exchanging takes time: measured, sharing pays where the items alone would leave three quarters
- * of the device idle. */
-static int choose_team(const Plan &plan, int64_t items) {
-    const int most = plan.kernel->largest_team, forced = fad_core->forced_schedule()->team;
-    int team = 1;
-    if (most == 0)
-        return 0;
-    while (plan.hopper && team * 2 <= most && (forced ? team * 2 <= forced : items * team * 4 <= plan.resident))
-        team *= 2;
-    return team;
 }
 
 /* Kernels read and write rows 16 bytes at a time. The stride of a dimension of one element does not matter. */
@@ -119,18 +107,17 @@ static fad_status check_lengths(const fad_attn_problem *p) {
 }
 
 static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
-    Device device;
     TRY(check_lengths(p));
     TRY(check_rows(p, "q", p->q, p->Sq, p->Hq, p->D));
     TRY(check_rows(p, "k", p->k, p->Sk, p->Hk, p->D));
     TRY(check_rows(p, "v", p->v, p->Sk, p->Hk, p->Dv));
-    TRY(get_device(&device));
-    choose_hopper(p, device, plan);
-    plan->kernel = plan->hopper ? &plan->hopper->shape : choose_kernel(p, device);
+    TRY(get_device(&plan->device));
+    choose_hopper(p, plan);
+    plan->kernel = plan->hopper ? &plan->hopper->shape : choose_kernel(p, plan->device);
     if (!plan->kernel)
         return fad_core->fail(FAD_UNSUPPORTED, "head dims %lld and %lld need more shared memory than this device has",
                               (long long)p->D, (long long)p->Dv);
-    TRY(count_resident(*plan, device, &plan->resident));
+    TRY(count_resident(*plan, &plan->resident));
     plan->n_tiles = tile_bound(*p, plan->kernel->rows);
     plan->n_splits = most_splits(p);
     plan->item_splits = split_run(*plan);
@@ -139,61 +126,46 @@ static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
     const double states = 4.0 * p->Sq * p->Hq * p->Dv * plan->n_splits, keys = 2.0 * p->Sk * p->Hk * (p->D + p->Dv);
     const bool pays = states <= keys && plan->item_splits < plan->n_splits;
     plan->spill = !p->cu_seqlens_q && plan->n_splits > 1 && (forced ? forced == 2 : pays);
-    plan->team = choose_team(*plan, plan->spill ? plan->n_tiles * runs_of(*plan, plan->n_splits) : plan->n_tiles);
-#ifdef FAD_HOPPER
-    if (plan->team > 1 && !describe_keys(p, *plan->hopper, plan->team, &plan->k_map, &plan->v_map))
-        return fad_core->fail(FAD_DEVICE_ERROR, "the driver cannot describe v for a team of %d thread blocks",
-                              plan->team);
-#endif
     return FAD_OK;
 }
 
-/* The counter of the items, on a line of its own, and then where running states rest. */
+/* The workspace: the counter of the items, on a line of its own, and then partial states, or running ones at rest. */
 constexpr size_t COUNTER_BYTES = 64;
 
-static int64_t grid_of(const Plan &plan, int64_t n_items) {
-    return plan.team ? n_items * plan.team : min(n_items, (int64_t)plan.resident);
-}
-
 static size_t rest_bytes(const Plan &plan) {
-    return plan.n_splits > 1 ? (size_t)grid_of(plan, plan.n_tiles) * plan.kernel->rest_bytes : 0;
+    return plan.n_splits > 1 ? (size_t)min(plan.n_tiles, (int64_t)plan.resident) * plan.kernel->rest_bytes : 0;
 }
 
 static fad_status workspace(const fad_attn_problem *p, int32_t, size_t *bytes) {
     Plan plan;
     fad_partials partials;
     TRY(make_plan(p, &plan));
-    *bytes = plan.spill ? lay_out_partials(p, plan.n_splits, nullptr, &partials) : COUNTER_BYTES + rest_bytes(plan);
+    *bytes = COUNTER_BYTES + (plan.spill ? lay_out_partials(p, plan.n_splits, nullptr, &partials) : rest_bytes(plan));
     return FAD_OK;
 }
 
-static fad_status run(const fad_attn_problem *p, const Plan &plan, const Work &work, int64_t grid, void *stream) {
+/* One thread block an item or, persistent, as many as the device holds at once. */
+static fad_status run(const fad_attn_problem *p, const Plan &plan, Work work, const fad_runtime *runtime) {
     const MmaKernel &kernel = *plan.kernel;
-    if (plan.hopper)
-        return launch(plan.hopper->run, grid, kernel.threads, kernel.shared_bytes, stream, {plan.team, false}, *p, work,
-                      plan.k_map, plan.v_map);
-    return launch(kernel.run, grid, kernel.threads, kernel.shared_bytes, stream, {}, *p, work);
-}
-
-static fad_status run_splits(const fad_attn_problem *p, const Plan &plan, const fad_partials &partials,
-                             int64_t n_splits, void *stream) {
-    fad_partials of_splits = partials; /* a sink's state, if there is one, is not the kernel's */
-    of_splits.n_splits = n_splits;
-    const Work work = {
-        plan.n_tiles * runs_of(plan, n_splits), plan.n_tiles, plan.item_splits, nullptr, nullptr, of_splits};
-    return run(p, plan, work, plan.team ? grid_of(plan, work.n_items) : work.n_items, stream);
-}
-
-/* Every tile with all its splits. Thread blocks take tiles one after the other, because each has a place where its
- * running state rests. */
-static fad_status run_tiles(const fad_attn_problem *p, const Plan &plan, const fad_runtime *runtime) {
-    Work work = {plan.n_tiles, plan.n_tiles, plan.n_splits, nullptr, (char *)runtime->workspace + COUNTER_BYTES, {}};
-    const int64_t grid = grid_of(plan, work.n_items);
-    if (!plan.team && grid < work.n_items) {
+    const int64_t grid = kernel.persistent ? min(work.n_items, (int64_t)plan.resident) : work.n_items;
+    if (grid < work.n_items) {
         work.counter = (unsigned long long *)runtime->workspace;
         TRY_CUDA(cudaMemsetAsync(work.counter, 0, COUNTER_BYTES, (cudaStream_t)runtime->stream));
     }
-    return run(p, plan, work, grid, runtime->stream);
+    const LaunchOptions options = {(size_t)plan.device.shared_bytes, false};
+    if (plan.hopper)
+        return launch(plan.hopper->run, grid, kernel.threads, kernel.shared_bytes, runtime->stream, options, *p, work,
+                      plan.k_map, plan.v_map);
+    return launch(kernel.run, grid, kernel.threads, kernel.shared_bytes, runtime->stream, options, *p, work);
+}
+
+/* Runs of splits of every tile. */
+static fad_status run_splits(const fad_attn_problem *p, const Plan &plan, const fad_partials &partials,
+                             int64_t n_splits, const fad_runtime *runtime) {
+    fad_partials of_splits = partials; /* a sink's state, if there is one, is not the kernel's */
+    of_splits.n_splits = n_splits;
+    const int64_t n_items = plan.n_tiles * runs_of(plan, n_splits);
+    return run(p, plan, {n_items, plan.n_tiles, plan.item_splits, nullptr, nullptr, of_splits}, runtime);
 }
 
 static fad_status forward(const fad_attn_problem *p, const fad_runtime *runtime) {
@@ -201,17 +173,18 @@ static fad_status forward(const fad_attn_problem *p, const fad_runtime *runtime)
     fad_partials partials;
     TRY(check_rows(p, "out", p->out, p->Sq, p->Hq, p->Dv));
     TRY(make_plan(p, &plan));
-    if (!plan.spill)
-        return run_tiles(p, plan, runtime);
-    lay_out_partials(p, plan.n_splits, (char *)runtime->workspace, &partials);
-    TRY(run_splits(p, plan, partials, plan.n_splits, runtime->stream));
+    char *const after_counter = (char *)runtime->workspace + COUNTER_BYTES;
+    if (!plan.spill) /* every tile with all its splits */
+        return run(p, plan, {plan.n_tiles, plan.n_tiles, plan.n_splits, nullptr, after_counter, {}}, runtime);
+    lay_out_partials(p, plan.n_splits, after_counter, &partials);
+    TRY(run_splits(p, plan, partials, plan.n_splits, runtime));
     return fold_partials(p, partials, runtime->stream);
 }
 
 static fad_status partial_states(const fad_attn_problem *p, const fad_partials *partials, const fad_runtime *runtime) {
     Plan plan;
     TRY(make_plan(p, &plan));
-    return run_splits(p, plan, *partials, fad_split_capacity(p), runtime->stream);
+    return run_splits(p, plan, *partials, fad_split_capacity(p), runtime);
 }
 
 const fad_backend mma_family = {workspace, forward, partial_states};

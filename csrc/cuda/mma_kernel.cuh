@@ -8,7 +8,7 @@
 struct MmaKernel {
     int rows, dims; /* rows of its tile; largest D and Dv */
     int threads;
-    int largest_team;    /* thread blocks that can share an item; 0: an item has one, which takes one after the other */
+    bool persistent;     /* its thread blocks take items one after the other */
     size_t shared_bytes, /* of a thread block, */
         rest_bytes;      /* and where its running O rests, in the workspace */
     void (*run)(fad_attn_problem, Work);

@@ -58,19 +58,25 @@ static __device__ __forceinline__ float near_quotient(float o, float l, float in
     const float q = fad_f32_mul(o, inverse);
     return fad_f32_fma(fad_f32_fma(-q, l, o), inverse, q);
 }
-/* Whether that holds for this lane's values of a row (half 0: g, 1: g + 8). */
-template <int N> static __device__ __forceinline__ bool quotients_near(const float (&o)[N][4], int half, float l) {
+/* Whether that holds for some values of a row. */
+template <int N> static __device__ __forceinline__ bool quotients_near(const float (&x)[N], float l) {
     unsigned largest = 0, smallest = ~0u; /* magnitudes as bits; 0 is exact, and does not count as small */
 #pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const unsigned magnitude = fad_f32_bits(o[n][2 * half + e]) & 0x7fffffffu;
-            largest = max(largest, magnitude);
-            smallest = min(smallest, magnitude - 1);
-        }
+    for (int i = 0; i < N; i++) {
+        const unsigned magnitude = fad_f32_bits(x[i]) & 0x7fffffffu;
+        largest = max(largest, magnitude);
+        smallest = min(smallest, magnitude - 1);
+    }
     constexpr unsigned LOW = (127u - 80) << 23, HIGH = (127u + 100) << 23; /* 2^-80, 2^100 */
     return l >= 0.5f && l < 0x1p100f && smallest >= LOW && largest < HIGH;
+}
+/* The same for a lane's values of row g (half 0) or g + 8 (half 1). */
+template <int N> static __device__ __forceinline__ bool quotients_near(const float (&o)[N][4], int half, float l) {
+    float x[2 * N];
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        x[2 * n] = o[n][2 * half], x[2 * n + 1] = o[n][2 * half + 1];
+    return quotients_near(x, l);
 }
 
 /* N9: two values of out, rounded, as one word. */
@@ -116,6 +122,39 @@ static __device__ __forceinline__ void finish_rows(const fad_attn_problem &p, co
                 *to = round_out<T>(fad_f32_finish_out(x, l), fad_f32_finish_out(y, l));
         }
     }
+}
+
+/* N8 (sink), N9, N10 for eight values of row r: those of out, rounded; and lse, if that is this lane's to write. */
+template <fad_dtype T>
+static __device__ __forceinline__ uint4 finish_chunk(const fad_attn_problem &p, const Tile &t, int r, float m, float l,
+                                                     float (&x)[8], bool write_lse) {
+    if (r >= t.n_active)
+        m = FAD_F32_SENTINEL, l = 0; /* whatever the unused rows of the tile have computed */
+    if (p.sinks && r < t.n_active) {
+        const float sink = fold_sink(p, t, r, m, l);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            x[i] = fad_f32_mul(x[i], sink);
+    }
+    if (write_lse)
+        store_lse(p, t, r, m, l);
+    if (quotients_near(x, l)) {
+        const float inverse = fad_f32_div(1.0f, l);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            x[i] = near_quotient(x[i], l, inverse);
+    } else {
+#pragma unroll 1
+        for (int turn = 0; turn < 8; turn++) { /* goes round, as registers cannot be indexed */
+            const float last = fad_f32_finish_out(x[0], l);
+#pragma unroll
+            for (int i = 0; i < 7; i++)
+                x[i] = x[i + 1];
+            x[7] = last;
+        }
+    }
+    return make_uint4(round_out<T>(x[0], x[1]), round_out<T>(x[2], x[3]), round_out<T>(x[4], x[5]),
+                      round_out<T>(x[6], x[7]));
 }
 
 /* Rows first .. first + ROWS - 1 of a tile to out, by THREADS threads; `staged` must hold them. */

@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(S::THREADS, S::RESIDENT)
 }
 
 template <class S> static MmaKernel mma_tile_of() {
-    return {S::ROWS,           S::D, S::THREADS, 0, sizeof(MmaTileShared<S>), S::REST * S::THREADS * sizeof(float4),
+    return {S::ROWS,           S::D, S::THREADS, true, sizeof(MmaTileShared<S>), S::REST * S::THREADS * sizeof(float4),
             mma_tile_kernel<S>};
 }
 

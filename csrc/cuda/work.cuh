@@ -81,17 +81,19 @@ static __device__ KeyRange key_range(const fad_attn_problem &p, const Tile &t, i
     range.n_whole = max((int)(fad_clamp(full.hi - range.first, 0, range.hi) / FAD_MMA_BLOCK_KV) - range.whole, 0);
     const int64_t split_blocks = p.split_size / FAD_MMA_BLOCK_KV;
     range.split_blocks = (int)min(split_blocks, (int64_t)INT32_MAX);
-    range.split = seen.lo / p.split_size - first_split;
-    range.to_split_end = (int)min(split_blocks - range.first / FAD_MMA_BLOCK_KV % split_blocks, (int64_t)INT32_MAX);
+    const int64_t split = fad_partition_first(seen.lo, p.split_size);
+    range.split = split - first_split;
+    range.to_split_end = (int)min((split + 1) * split_blocks - range.first / FAD_MMA_BLOCK_KV, (int64_t)INT32_MAX);
     return range;
 }
 
 /* Which tile and keys an item is, into shared memory, by one warp; false if there is nothing in it. */
 static __device__ bool find_item(const fad_attn_problem &p, const Work &work, int rows, int64_t number, Tile &shared,
                                  KeyRange &range) {
-    const Tile t = locate_tile(p, rows, number % work.n_tiles);
+    const int64_t nth = fad_quotient(number, work.n_tiles); /* run of splits */
+    const Tile t = locate_tile(p, rows, number - nth * work.n_tiles);
     if (threadIdx.x % 32 == 0) {
-        const int64_t from = number / work.n_tiles * work.item_splits;
+        const int64_t from = nth * work.item_splits;
         shared = t;
         if (t.exists)
             range = key_range(p, t, from,
@@ -133,13 +135,14 @@ struct Chunk {
 struct Ring {
     int index = 0;
     unsigned round = 0;
-    template <int SIZE> __device__ __forceinline__ void advance() {
-        if (++index == SIZE)
+    __device__ __forceinline__ void advance(int size) {
+        if (++index == size)
             index = 0, round ^= 1;
     }
-    template <int SIZE> __device__ __forceinline__ Ring after(int steps) const {
+    /* steps: at most size */
+    __device__ __forceinline__ Ring after(int steps, int size) const {
         const int at = index + steps;
-        return {at % SIZE, round ^ (at / SIZE & 1)};
+        return at < size ? Ring{at, round} : Ring{at - size, round ^ 1};
     }
 };
 

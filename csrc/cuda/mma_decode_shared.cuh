@@ -1,0 +1,87 @@
+/* What the warps of the split-KV kernel (mma_decode.cuh) share: its shapes, its shared memory, its barriers. */
+#ifndef FAD_CUDA_MMA_DECODE_SHARED_CUH
+#define FAD_CUDA_MMA_DECODE_SHARED_CUH
+
+#include "hopper_ptx.cuh"
+#include "mma_kernel.cuh"
+#include "mma_output.cuh"
+#include "mma_values.cuh"
+#include "work.cuh"
+
+constexpr int DECODE_ROWS = 16, DECODE_ITEMS = 2;                   /* items: the present one, and the next */
+constexpr int UNIT_KEYS = 16, BLOCK_UNITS = BLOCK_KEYS / UNIT_KEYS; /* a unit: the keys of one step */
+constexpr int SLOT_KEYS = 64, BLOCK_SLOTS = BLOCK_KEYS / SLOT_KEYS; /* of K or V in a slot of the ring */
+constexpr int ROLE_WARPS = 4, ROLE_THREADS = ROLE_WARPS * 32;       /* score warps; then as many value warps */
+constexpr int DECODE_CONSUMERS = 2 * ROLE_THREADS, DECODE_THREADS = DECODE_CONSUMERS + 32; /* and the producer */
+constexpr int WARP_UNITS = BLOCK_UNITS / ROLE_WARPS;                                       /* a score warp's */
+constexpr int SLOT_WARPS = SLOT_KEYS / UNIT_KEYS / WARP_UNITS; /* score warps that read one slot of K */
+
+/* RESIDENT: thread blocks of a multiprocessor, one's start and end beside the other's work. */
+template <fad_dtype T_, int D_, int SLOTS_, int RESIDENT_, bool ENGINE_> struct MmaDecodeShape {
+    static constexpr fad_dtype T = T_;
+    static constexpr int D = D_; /* of q, k and v, zero-padded */
+    static constexpr int SLOTS = SLOTS_, RESIDENT = RESIDENT_;
+    static constexpr bool ENGINE = ENGINE_;        /* K and V come by the copy engine */
+    static constexpr int CHUNKS = D / 8;           /* of 16 bytes, in a row of q */
+    static constexpr int SLOT = SLOT_KEYS * D * 2; /* bytes */
+    static constexpr int N = D / 8 / ROLE_WARPS;   /* n8 tiles of O that are a value warp's */
+    /* A score warp waits for one of a block's slots only. What was in that slot before must have been there for certain,
+     * or the warp could take one round of the slot for another: it is older than V of the block before, with which value
+     * warps may not have begun. */
+    static_assert(SLOTS >= 2 * BLOCK_SLOTS, "slots of V of a block and of K of the next are different");
+};
+
+template <class S> struct MmaDecodeShared {
+    alignas(1024) char ring[S::SLOTS][S::SLOT]; /* K and V in the order in which they are used, in pieces of 64 dims */
+    char q[DECODE_ROWS * S::D * 2];
+    uint4 p[2][BLOCK_UNITS][32];             /* probabilities as a operands; of two blocks */
+    float x_max[2][ROLE_WARPS][DECODE_ROWS]; /* largest scores of each score warp's keys; of two blocks */
+    float l[DECODE_ROWS];
+    float total_m[ROLE_WARPS][DECODE_ROWS],
+        total_l[ROLE_WARPS][DECODE_ROWS]; /* each value warp's: the splits before, */
+    float4 rest[S::N][ROLE_THREADS];      /* whose O rests here */
+    RowTable<DECODE_ROWS> rows;
+    Tile t;
+    KeyRange range;
+    MemoryBarrier full[S::SLOTS], empty[S::SLOTS]; /* a slot has its data; the warps that use it are done with it */
+};
+
+/* What score warps and value warps have in common. */
+template <class S> struct DecodeWarp {
+    const fad_attn_problem &p;
+    MmaDecodeShared<S> &sm;
+    const int warp = opaque(threadIdx.x / 32 % ROLE_WARPS), lane = opaque(threadIdx.x % 32); /* warp: of its role */
+    const float c;                                                                           /* N5 */
+    Ring ring;                                                                               /* the next slot */
+    int buffer = 0; /* of x_max and P of the present block */
+    float m;        /* the running reference of row lane % 16 */
+
+    __device__ DecodeWarp(const fad_attn_problem &problem, MmaDecodeShared<S> &shared, float factor)
+        : p(problem), sm(shared), c(factor) {}
+
+    /* The compiler would read the register of the thread's number again and again, which takes longer than a sum. */
+    static __device__ __forceinline__ int opaque(int x) {
+        asm volatile("" : "+r"(x));
+        return x;
+    }
+
+    __device__ __forceinline__ void skip_block() { ring = ring.after(BLOCK_SLOTS, S::SLOTS); }
+
+    /* Maxima and P that score warps have written may be read, and what value warps have read be overwritten. */
+    __device__ __forceinline__ void exchange() const { named_barrier_sync(1, DECODE_CONSUMERS); }
+
+    /* N6: moves the references to the next block; returns those before. */
+    __device__ __forceinline__ float advance(bool starts_split) {
+        const float before = starts_split ? FAD_F32_SENTINEL : m;
+        float best = -INFINITY;
+#pragma unroll
+        for (int w = 0; w < ROLE_WARPS; w++)
+            best = fmaxf(best, sm.x_max[buffer][w][lane % DECODE_ROWS]);
+        m = fad_f32_reference(before, best, c);
+        return before;
+    }
+    /* A number that lanes hold for row r, as m. */
+    static __device__ __forceinline__ float of_row(float x, int r) { return __shfl_sync(~0u, x, r); }
+};
+
+#endif
