@@ -30,32 +30,32 @@ def _check_tensor(name: str, t: Tensor) -> None:
         raise NotImplementedError(ops.NO_BACKWARD.format(name))
 
 
-def _check_same_device(name: str, t: Tensor, q: Tensor) -> None:
+def _check_same_device(name: str, t: Tensor, q: Tensor, first: str = "q") -> None:
     if t.device != q.device:
-        raise ValueError(f"{name} is on {t.device}, q is on {q.device}: expected one device")
+        raise ValueError(f"{name} is on {t.device}, {first} is on {q.device}: expected one device")
 
 
-def _rows(name: str, t: Tensor, q: Tensor, rank: int) -> Tensor:
-    """q, k or v, with a contiguous last dimension."""
+def _rows(name: str, t: Tensor, q: Tensor, rank: int, first: str = "q") -> Tensor:
+    """q, k or v, with a contiguous last dimension. first: the name of the tensor that it is compared with."""
     _check_tensor(name, t)
     if t.dtype not in _DTYPES:
         raise TypeError(f"{name} has dtype {t.dtype}, expected float32, float16, bfloat16 or float64")
     if t.dtype != q.dtype:
-        raise TypeError(f"{name} has dtype {t.dtype}, q has {q.dtype}: expected one dtype")
-    _check_same_device(name, t, q)
+        raise TypeError(f"{name} has dtype {t.dtype}, {first} has {q.dtype}: expected one dtype")
+    _check_same_device(name, t, q, first)
     if t.ndim != rank:
         raise ValueError(f"{name} has {t.ndim} dimensions, expected {rank}: {_LAYOUTS[rank]}")
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _lengths(name: str, t: Tensor | None, q: Tensor, absent: Tensor, n: int) -> Tensor:
+def _lengths(name: str, t: Tensor | None, q: Tensor, absent: Tensor, n: int, first: str = "q") -> Tensor:
     """An int32 tensor of n entries, or the empty one that stands for None."""
     if t is None:
         return absent
     _check_tensor(name, t)
     if t.dtype != torch.int32:
         raise TypeError(f"{name} has dtype {t.dtype}, expected int32")
-    _check_same_device(name, t, q)
+    _check_same_device(name, t, q, first)
     if t.ndim != 1:
         raise ValueError(f"{name} has {t.ndim} dimensions, expected 1")
     if t.shape[0] == 0 and n > 0:  # the ops would take it for None
@@ -63,14 +63,14 @@ def _lengths(name: str, t: Tensor | None, q: Tensor, absent: Tensor, n: int) -> 
     return t.contiguous()
 
 
-def _pages(t: Tensor | None, q: Tensor, absent: Tensor) -> Tensor:
+def _pages(t: Tensor | None, q: Tensor, absent: Tensor, first: str = "q") -> Tensor:
     """block_table with contiguous rows, or the empty tensor of one dimension that stands for None."""
     if t is None:
         return absent
     _check_tensor("block_table", t)
     if t.dtype != torch.int32:
         raise TypeError(f"block_table has dtype {t.dtype}, expected int32")
-    _check_same_device("block_table", t, q)
+    _check_same_device("block_table", t, q, first)
     if t.ndim != 2:
         raise ValueError(f"block_table has {t.ndim} dimensions, expected 2: [batch, columns]")
     return t if t.stride(-1) == 1 else t.contiguous()

@@ -67,8 +67,8 @@ def flash_attn_varlen_func(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """attn_varlen with FlashAttention's argument names. max_seqlen_q and max_seqlen_k are accepted and not used.
 
-    q [Tq, Hq, D], k [Tk, Hk, D], v [Tk, Hk, Dv]; cu_seqlens_q, cu_seqlens_k [B + 1] int32. With block_table [B, columns]
-    k [pages, page_size, Hk, D] and v are paged, and only the differences of cu_seqlens_k count, as lengths.
+    q [Tq, Hq, D], k [Tk, Hk, D], v [Tk, Hk, Dv]; cu_seqlens_q, cu_seqlens_k [B + 1] int32. With block_table
+    [B, columns] k [pages, page_size, Hk, D] and v are paged, and only differences of cu_seqlens_k count, as lengths.
     Returns out [Tq, Hq, Dv]; with return_attn_probs (out, softmax_lse [Hq, Tq], S_dmask), S_dmask empty.
     Bits and exceptions as in attn_varlen.
     """

@@ -1,8 +1,9 @@
 """apply_rotary, append_kvcache, attn_with_kvcache: attention that reads keys and values from a cache.
 
 Letters as in attention.py. A cache is dense, k_cache [B, Sk, Hk, D] and v_cache [B, Sk, Hk, Dv], or with
-cache_batch_idx [Bc, Sk, ...], of which a sequence reads one entry; or it is paged, k_cache [pages, page_size, Hk, D] and
-v_cache [pages, page_size, Hk, Dv], and row r of sequence b is row r % page_size of page block_table[b, r // page_size].
+cache_batch_idx [Bc, Sk, ...], of which a sequence reads one entry; or it is paged, k_cache [pages, page_size, Hk, D]
+and v_cache [pages, page_size, Hk, Dv], and row r of sequence b is row r % page_size of page block_table[b, r //
+page_size].
 """
 
 import torch
@@ -28,12 +29,12 @@ def _counts(name: str, n: Tensor | int | None, x: Tensor) -> Tensor | None:
     return torch.full((x.shape[0],), n, dtype=torch.int32, device=x.device)
 
 
-def _table(name: str, t: Tensor, x: Tensor) -> Tensor:
+def _table(name: str, t: Tensor, x: Tensor, of: str) -> Tensor:
     """cos or sin, contiguous."""
     _check_tensor(name, t)
     if t.dtype not in (x.dtype, ops.compute_dtype(x.dtype)):
         raise TypeError(f"{name} has dtype {t.dtype}, expected {x.dtype} or {ops.compute_dtype(x.dtype)}")
-    _check_same_device(name, t, x)
+    _check_same_device(name, t, x, of)
     if t.ndim != 2:
         raise ValueError(f"{name} has {t.ndim} dimensions, expected 2: [positions, rotary_dim / 2]")
     return t.contiguous()
@@ -45,7 +46,7 @@ def _tables(cos: Tensor | None, sin: Tensor | None, x: Tensor) -> tuple[Tensor, 
         raise ValueError("only one of rotary_cos and rotary_sin is given, expected both or none")
     if cos is None:
         return (torch.empty(0, dtype=ops.compute_dtype(x.dtype), device=x.device),) * 2
-    return _table("rotary_cos", cos, x), _table("rotary_sin", sin, x)
+    return _table("rotary_cos", cos, x, "k_cache"), _table("rotary_sin", sin, x, "k_cache")
 
 
 def apply_rotary(
@@ -60,26 +61,26 @@ def apply_rotary(
     """Rotary embedding of the first rotary_dim values of each row of x, out of place.
 
     x [B, S, H, D]: float32, float16, bfloat16 or float64. Any strides.
-    cos, sin [positions, rotary_dim / 2]: in x's dtype or its compute dtype (float64 for float64, else float32). rotary_dim
-        is even by that and at most D; values behind it are copied.
+    cos, sin [positions, rotary_dim / 2]: in x's dtype or its compute dtype (float64 for float64, else float32).
+        rotary_dim is even by that and at most D; values behind it are copied.
     offsets: position of the first row of each sequence, int or [B] int32; None is 0.
     advance: row i of a sequence is at position offsets + i; False: all its rows are at offsets.
     interleaved: pairs are values (2 i, 2 i + 1); False: values (i, i + rotary_dim / 2).
 
-    A pair (a, b) becomes (a cos - b sin, a sin + b cos): four products, then a difference and a sum, each rounded in the
-    compute dtype, then rounded once to x's dtype (N12). These are the bits of eager torch operations in the compute
+    A pair (a, b) becomes (a cos - b sin, a sin + b cos): four products, then a difference and a sum, each rounded in
+    the compute dtype, then rounded once to x's dtype (N12). These are the bits of eager torch operations in the compute
     dtype, on every device; NaN comes out as the canonical one.
 
-    Returns [B, S, H, D], contiguous, in x's dtype. Positions that the tables do not have raise ValueError on the CPU; on
-    a CUDA device, where they cannot be checked, they count as the tables' last (negative ones as the first).
+    Returns [B, S, H, D], contiguous, in x's dtype. Positions that the tables do not have raise ValueError on the CPU;
+    on a CUDA device, where they cannot be checked, they count as the tables' last (negative ones as the first).
     Raises TypeError, ValueError, NotImplementedError (an input that requires grad, a device without kernels).
     """
     _check_tensor("x", x)
     if x.device.type not in ops.DEVICES:
         raise NotImplementedError(f"x is on {x.device}: flash_attn_det has kernels for cpu and cuda")
     x = _rows("x", x, x, 4)
-    offsets = _lengths("offsets", _counts("offsets", offsets, x), x, _absent(x), x.shape[0])
-    tables = _table("cos", cos, x), _table("sin", sin, x)
+    offsets = _lengths("offsets", _counts("offsets", offsets, x), x, _absent(x), x.shape[0], "x")
+    tables = _table("cos", cos, x, "x"), _table("sin", sin, x, "x")
     return ops.call(ops.rotate, x, *tables, offsets, bool(advance), bool(interleaved))
 
 
@@ -113,17 +114,17 @@ def append_kvcache(
     if k_cache.device.type not in ops.DEVICES:
         raise NotImplementedError(f"k_cache is on {k_cache.device}: flash_attn_det has kernels for cpu and cuda")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if _rows(name, cache, k_cache, 4) is not cache:
+        if _rows(name, cache, k_cache, 4, "k_cache") is not cache:
             raise ValueError(f"{name} has stride {cache.stride(-1)} in its last dimension, expected 1")
-    k, v = (_rows(name, x, k_cache, 4) for name, x in (("k", k), ("v", v)))
+    k, v = (_rows(name, x, k_cache, 4, "k_cache") for name, x in (("k", k), ("v", v)))
     used = _counts("cache_seqlens", cache_seqlens, k)
     if used is None:
         raise ValueError("cache_seqlens is None, expected the rows of the cache in use")
     ops.call(
         ops.append, k, v, k_cache, v_cache,
-        _lengths("cache_seqlens", used, k, _absent(k), k.shape[0]),
-        _lengths("cache_batch_idx", cache_batch_idx, k, _absent(k), k.shape[0]),
-        _pages(block_table, k, _absent(k)),
+        _lengths("cache_seqlens", used, k, _absent(k), k.shape[0], "k_cache"),
+        _lengths("cache_batch_idx", cache_batch_idx, k, _absent(k), k.shape[0], "k_cache"),
+        _pages(block_table, k, _absent(k), "k_cache"),
         *_tables(rotary_cos, rotary_sin, k), bool(rotary_interleaved),
     )  # fmt: skip
 
@@ -155,16 +156,16 @@ def attn_with_kvcache(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of q over a cache of keys and values, to which new ones may be appended first.
 
-    The keys of a sequence, old and new, are one range of positions: the bits are those of attn on the same keys laid end
-    to end, whatever the cache's capacity, its page size, the order of its pages, what other pages and rows hold, and
-    however many rows were appended at a time.
+    The keys of a sequence, old and new, are one range of positions: the bits are those of attn on the same keys laid
+    end to end, whatever the cache's capacity, its page size, the order of its pages, what other pages and rows hold,
+    and however many rows were appended at a time.
 
     q [B, Sq, Hq, D]. k_cache, v_cache: as the module says.
     k [B, S, Hk, D], v [B, S, Hk, Dv]: written in place to rows cache_seqlens + 0 .. S - 1, as by append_kvcache, which
         says more. They are keys of this call then. cache_seqlens is needed, and does not count them.
     rotary_cos, rotary_sin [positions, rotary_dim / 2], rotary_interleaved: with k and v, rotate k by position
-        cache_seqlens + i, and q: where causal or a window is given, row i by position cache_seqlens + i, else all rows by
-        cache_seqlens. The bits are those of apply_rotary before a call without.
+        cache_seqlens + i, and q: where causal or a window is given, row i by position cache_seqlens + i, else all rows
+        by cache_seqlens. The bits are those of apply_rotary before a call without.
     cache_seqlens: rows of the cache in use, left padding among them; int or [B] int32. None: all.
     cache_batch_idx [B] int32: the entry of a dense cache that each sequence reads.
     leftpad_k [B] int32: rows to skip before the first key.
@@ -175,8 +176,8 @@ def attn_with_kvcache(
     The other arguments as in attn.
 
     Returns out [B, Sq, Hq, Dv], contiguous, in q's dtype; with return_lse also lse [B, Hq, Sq] in the compute dtype.
-    Raises as attn and append_kvcache do, on the CPU before anything is written, except inside a graph that torch.compile
-    made, where the append may have happened. Where a message speaks of seqused_k, that is cache_seqlens - leftpad_k.
+    Raises as attn and append_kvcache do, on the CPU before anything is written, except inside a graph that
+    torch.compile made, where the append may have happened. Where a message speaks of seqused_k, that is cache_seqlens - leftpad_k.
     A CUDA call waits for nothing. Wrong lengths, entries and pages are not seen there, and read nothing outside the
     cache. With 16-bit tensors there, caches whose rows are no multiples of 16 bytes are copied in every call.
     """
@@ -214,9 +215,7 @@ def attn_with_kvcache(
         )  # fmt: skip
         if rotary_cos is not None:
             advance = bool(causal) or tuple(window) != (-1, -1)
-            q = apply_rotary(
-                q, rotary_cos, rotary_sin, offsets=used, advance=advance, interleaved=rotary_interleaved
-            )
+            q = apply_rotary(q, rotary_cos, rotary_sin, offsets=used, advance=advance, interleaved=rotary_interleaved)
         call = arguments(q, k.shape[1])
     out, lse = ops.call(ops.fwd, *call)
     out = _unpadded(out, v_cache)
