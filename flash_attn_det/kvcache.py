@@ -177,9 +177,10 @@ def attn_with_kvcache(
 
     Returns out [B, Sq, Hq, Dv], contiguous, in q's dtype; with return_lse also lse [B, Hq, Sq] in the compute dtype.
     Raises as attn and append_kvcache do, on the CPU before anything is written, except inside a graph that
-    torch.compile made, where the append may have happened. Where a message speaks of seqused_k, that is cache_seqlens - leftpad_k.
-    A CUDA call waits for nothing. Wrong lengths, entries and pages are not seen there, and read nothing outside the
-    cache. With 16-bit tensors there, caches whose rows are no multiples of 16 bytes are copied in every call.
+    torch.compile made, where the append may have happened. Where a message speaks of seqused_k, that is cache_seqlens -
+    leftpad_k. A CUDA call waits for nothing. Wrong lengths, entries and pages are not seen there; they read and write
+    nothing outside the cache. With 16-bit tensors there, caches whose rows are no multiples of 16 bytes are copied in
+    every call.
     """
     _check_tensor("q", q)
     used = _counts("cache_seqlens", cache_seqlens, q)
