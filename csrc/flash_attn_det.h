@@ -11,7 +11,7 @@
  *   - No function allocates, prints, aborts, or keeps a pointer after it returns. The caller brings the workspace.
  *   - Every function that returns fad_status checks all its arguments before any work; when the status is not FAD_OK,
  *     no output was touched and fad_last_error() says which argument had which value and what was expected. Arrays of
- *     lengths on a CUDA device cannot be checked; wrong ones are clamped to what the buffers hold.
+ *     lengths, entries and pages on a CUDA device cannot be checked; wrong ones are clamped to what the buffers hold.
  *   - Outputs overlap neither inputs nor each other; a cache that is appended to is an output.
  *   - Thread-safe: there is no mutable global state except the thread-local error text and forced schedule.
  */
@@ -79,7 +79,8 @@ typedef struct fad_attn_problem {
     fad_view q, k, v, out;
     fad_view lse; /* compute type; data may be null when lse is not wanted */
 
-    const int32_t *cu_seqlens_q, *cu_seqlens_k; /* [B + 1] each, ascending from 0, or both null */
+    const int32_t *cu_seqlens_q, *cu_seqlens_k; /* [B + 1] each, ascending from 0, or both null; with
+                                                   block_table cu_seqlens_q alone, or none */
     const int32_t *seqused_q, *seqused_k;       /* [B] rows in use, <= the rows that the sequence owns; null: all */
     const int32_t *leftpad_k;                   /* [B] rows to skip before the first key (not for packed k); null: 0.
                                                    seqused_k counts from there: n_k = seqused_k, or Sk - leftpad_k */
@@ -132,7 +133,8 @@ typedef struct fad_rotary {
 /* Writes new rows behind the keys and values of a cache: row i of sequence b to row cache_seqlens[b] + i, which is also
  * its position for the rotation of k. k and v are a cache as in fad_attn_problem: dense [B, Sk, ...], one entry for each
  * cache_batch_idx, or paged. Two rows that go to the same place are the caller's mistake: either may win. Rows that the
- * cache has no room for are refused before anything is written; on a CUDA device they are skipped. */
+ * cache has no room for are refused before anything is written; on a CUDA device they are skipped, and positions behind
+ * the tables' last count as that. */
 typedef struct fad_cache_append {
     fad_device device;
     fad_dtype dtype;              /* of all four tensors */

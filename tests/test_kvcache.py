@@ -3,6 +3,7 @@
 Bits are compared on out, lse and the caches. Each test also shows that its inputs can tell.
 """
 
+import gc
 import math
 import re
 
@@ -307,6 +308,29 @@ def test_inference_mode_and_counters():
     with torch.inference_mode():
         got = cached(q, k_cache, v_cache, k, v, cache_seqlens=0, causal=True)
     assert_same(got, attention(q, k, v, causal=True))
+
+
+def storage_references(tensors):
+    gc.collect()
+    return [torch._C._storage_Use_Count(t.untyped_storage()._cdata) for t in tensors]
+
+
+def test_no_tensor_leaks_on_any_path():
+    """On success, on a refusal by the shim, and on one by the C library."""
+    arguments = append_arguments("paged", True)
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor) and x.numel()]
+    before = storage_references(tensors)
+    by_shim, by_core = list(arguments), list(arguments)
+    by_shim[0] = arguments[0][..., :8]
+    by_core[4] = arguments[4] + 300
+    for _ in range(10):
+        ops.append(*arguments)
+        ops.rotate(arguments[0], *arguments[7:9], arguments[4], True, True)
+        for bad, message in ((by_shim, "k_cache has head dim 16, k has 8"), (by_core, "9 rows are appended")):
+            with pytest.raises(RuntimeError, match=message):
+                ops.append(*bad)
+    del by_shim, by_core
+    assert storage_references(tensors) == before
 
 
 def test_fake_tensors():
