@@ -11,8 +11,8 @@
  *   - No function allocates, prints, aborts, or keeps a pointer after it returns. The caller brings the workspace.
  *   - Every function that returns fad_status checks all its arguments before any work; when the status is not FAD_OK,
  *     no output was touched and fad_last_error() says which argument had which value and what was expected. Arrays of
- *     lengths on a CUDA device cannot be checked; wrong ones are clamped to what the buffers hold.
- *   - Outputs overlap neither inputs nor each other.
+ *     lengths, entries and pages on a CUDA device cannot be checked; wrong ones are clamped to what the buffers hold.
+ *   - Outputs overlap neither inputs nor each other; a cache that is appended to is an output.
  *   - Thread-safe: there is no mutable global state except the thread-local error text and forced schedule.
  */
 #ifndef FLASH_ATTN_DET_H
@@ -51,7 +51,8 @@ typedef enum fad_arithmetic {
 /* [b, s, h, :] view of a buffer; the last dimension is contiguous, the other strides are arbitrary (also 0 or < 0). */
 typedef struct fad_view {
     void *data;
-    int64_t stride_b, stride_s, stride_h; /* elements; stride_b is ignored when the sequences are packed */
+    int64_t stride_b, stride_s, stride_h; /* elements; stride_b is ignored when the sequences are packed, and is from
+                                             page to page when they are paged */
 } fad_view;
 
 /* One attention call. Zero-initialise, then fill; a null pointer switches the optional part off.
@@ -59,6 +60,11 @@ typedef struct fad_view {
  * Dense (cu_seqlens_* null):  q [B, Sq, Hq, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv], out [B, Sq, Hq, Dv], lse [B, Hq, Sq].
  * Packed (both non-null):     q [Sq, Hq, D], k [Sk, Hk, D], ...: Sq and Sk count the rows of the whole buffer; sequence b
  *                             owns rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1. lse [Hq, Sq].
+ * Paged (block_table):        k [Bk, page_size, Hk, D], v [Bk, page_size, Hk, Dv] are a pool of Bk pages, and Sk is what a
+ *                             sequence can hold: Sk / page_size columns of block_table [B, columns]. Row r of sequence b
+ *                             is row r % page_size of page block_table[b][r / page_size]. q is dense, or packed by
+ *                             cu_seqlens_q alone, and then seqused_k is needed. Entries behind the last key are not read.
+ * Cached (cache_batch_idx):   dense, but k [Bk, Sk, Hk, D], v [Bk, Sk, Hk, Dv]: sequence b reads entry cache_batch_idx[b].
  *
  * Sequence b has n_k keys, numbered by their position in the sequence: pos = k_pos[b] + 0 .. n_k - 1. Its n_q query rows
  * are aligned to the end of the keys (bottom-right): row i has position k_pos[b] + n_k - n_q + i. Query rows past n_q
@@ -73,11 +79,18 @@ typedef struct fad_attn_problem {
     fad_view q, k, v, out;
     fad_view lse; /* compute type; data may be null when lse is not wanted */
 
-    const int32_t *cu_seqlens_q, *cu_seqlens_k; /* [B + 1] each, ascending from 0, or both null */
+    const int32_t *cu_seqlens_q, *cu_seqlens_k; /* [B + 1] each, ascending from 0, or both null; with
+                                                   block_table cu_seqlens_q alone, or none */
     const int32_t *seqused_q, *seqused_k;       /* [B] rows in use, <= the rows that the sequence owns; null: all */
-    const int32_t *leftpad_k;                   /* [B] rows to skip before the first key (dense only); null: 0.
+    const int32_t *leftpad_k;                   /* [B] rows to skip before the first key (not for packed k); null: 0.
                                                    seqused_k counts from there: n_k = seqused_k, or Sk - leftpad_k */
     const int32_t *k_pos;                       /* [B] position of the first key in its sequence, >= 0; null: 0 */
+
+    int64_t Bk;                     /* pages or entries of k and v, for the next two only */
+    const int32_t *cache_batch_idx; /* [B] entries of k and v, may repeat; null: entry b */
+    const int32_t *block_table;     /* [B, Sk / page_size] pages, may repeat; null: not paged */
+    int64_t block_table_stride;     /* elements from the row of a sequence to the next */
+    int64_t page_size;              /* rows of a page, at least 1 */
 
     double scale;                      /* finite; multiplies q.k */
     int32_t causal;                    /* 0 or 1: row i sees positions <= its own */
@@ -109,6 +122,43 @@ typedef struct fad_partials {
     int64_t n_splits;
 } fad_partials;
 
+/* Rotary embedding (clause N12) of the first `dim` values of a row, by row `position` of two tables. */
+typedef struct fad_rotary {
+    const void *cos, *sin; /* [n_positions, dim / 2], contiguous; null: no rotation */
+    fad_dtype dtype;       /* of the tables: that of the rows, or their compute type */
+    int64_t n_positions, dim;
+    int32_t interleaved; /* 1: pairs are values (2 i, 2 i + 1); 0: (i, i + dim / 2) */
+} fad_rotary;
+
+/* Writes new rows behind the keys and values of a cache: row i of sequence b to row cache_seqlens[b] + i, which is also
+ * its position for the rotation of k. k and v are a cache as in fad_attn_problem: dense [B, Sk, ...], one entry for each
+ * cache_batch_idx, or paged. Two rows that go to the same place are the caller's mistake: either may win. Rows that the
+ * cache has no room for are refused before anything is written; on a CUDA device they are skipped, and positions behind
+ * the tables' last count as that. */
+typedef struct fad_cache_append {
+    fad_device device;
+    fad_dtype dtype;              /* of all four tensors */
+    int64_t B, S, Hk, D, Dv;      /* S new rows a sequence */
+    fad_view k_new, v_new;        /* [B, S, Hk, D] and [B, S, Hk, Dv] */
+    fad_view k, v;                /* written */
+    const int32_t *cache_seqlens; /* [B] rows of the cache in use, left padding among them; null: 0 */
+    int64_t Sk, Bk;               /* as in fad_attn_problem, and so on: */
+    const int32_t *cache_batch_idx, *block_table;
+    int64_t block_table_stride, page_size;
+    fad_rotary rotary;
+} fad_cache_append;
+
+/* out = x, rotated: x and out [B, S, H, D]. Row i of sequence b is at position offsets[b] + i, or offsets[b]. */
+typedef struct fad_rotation {
+    fad_device device;
+    fad_dtype dtype;
+    int64_t B, S, H, D;
+    fad_view x, out;
+    const int32_t *offsets; /* [B]; null: 0 */
+    int32_t advance;        /* 1: positions count up along a sequence; 0: all its rows are at offsets[b] */
+    fad_rotary rotary;      /* positions behind its last are refused; on a CUDA device they count as its last */
+} fad_rotation;
+
 FAD_API fad_status fad_attn_check(const fad_attn_problem *problem);
 
 /* Bytes of workspace for a forward; never of the order of Sq * Sk. On the CPU: tiles for each of num_threads threads,
@@ -126,6 +176,10 @@ FAD_API fad_status fad_attn_forward(const fad_attn_problem *problem, const fad_r
 FAD_API fad_status fad_attn_partials_count(const fad_attn_problem *problem, int64_t *count);
 FAD_API fad_status fad_attn_partials(const fad_attn_problem *problem, const fad_partials *partials,
                                      const fad_runtime *runtime);
+
+/* Neither needs a workspace. */
+FAD_API fad_status fad_append_to_cache(const fad_cache_append *append, const fad_runtime *runtime);
+FAD_API fad_status fad_rotate(const fad_rotation *rotation, const fad_runtime *runtime);
 
 /* Detail of this thread's last status that was not FAD_OK; never null, valid until the thread's next call. */
 FAD_API const char *fad_last_error(void);

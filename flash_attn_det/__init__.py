@@ -4,7 +4,7 @@ from . import integrations
 from ._version import __version__
 from .attention import attn, attn_partials, attn_varlen
 from .audit import AuditError, AuditReport, AuditSummary, audit, audited
-from .compat import flash_attn_func, flash_attn_varlen_func
+from .compat import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from .determinism import (
     contract,
     get_deterministic_mode,
@@ -13,6 +13,7 @@ from .determinism import (
     set_split_size,
     split_size,
 )
+from .kvcache import append_kvcache, apply_rotary, attn_with_kvcache
 from .merge import Partials, merge_partials
 
 __all__ = [
@@ -21,14 +22,18 @@ __all__ = [
     "AuditSummary",
     "Partials",
     "__version__",
+    "append_kvcache",
+    "apply_rotary",
     "attn",
     "attn_partials",
     "attn_varlen",
+    "attn_with_kvcache",
     "audit",
     "audited",
     "contract",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
     "get_deterministic_mode",
     "get_split_size",
     "merge_partials",

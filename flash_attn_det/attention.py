@@ -30,37 +30,50 @@ def _check_tensor(name: str, t: Tensor) -> None:
         raise NotImplementedError(ops.NO_BACKWARD.format(name))
 
 
-def _check_same_device(name: str, t: Tensor, q: Tensor) -> None:
+def _check_same_device(name: str, t: Tensor, q: Tensor, first: str = "q") -> None:
     if t.device != q.device:
-        raise ValueError(f"{name} is on {t.device}, q is on {q.device}: expected one device")
+        raise ValueError(f"{name} is on {t.device}, {first} is on {q.device}: expected one device")
 
 
-def _rows(name: str, t: Tensor, q: Tensor, rank: int) -> Tensor:
-    """q, k or v, with a contiguous last dimension."""
+def _rows(name: str, t: Tensor, q: Tensor, rank: int, first: str = "q") -> Tensor:
+    """q, k or v, with a contiguous last dimension. first: the name of the tensor that it is compared with."""
     _check_tensor(name, t)
     if t.dtype not in _DTYPES:
         raise TypeError(f"{name} has dtype {t.dtype}, expected float32, float16, bfloat16 or float64")
     if t.dtype != q.dtype:
-        raise TypeError(f"{name} has dtype {t.dtype}, q has {q.dtype}: expected one dtype")
-    _check_same_device(name, t, q)
+        raise TypeError(f"{name} has dtype {t.dtype}, {first} has {q.dtype}: expected one dtype")
+    _check_same_device(name, t, q, first)
     if t.ndim != rank:
         raise ValueError(f"{name} has {t.ndim} dimensions, expected {rank}: {_LAYOUTS[rank]}")
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _lengths(name: str, t: Tensor | None, q: Tensor, absent: Tensor, n: int) -> Tensor:
+def _lengths(name: str, t: Tensor | None, q: Tensor, absent: Tensor, n: int, first: str = "q") -> Tensor:
     """An int32 tensor of n entries, or the empty one that stands for None."""
     if t is None:
         return absent
     _check_tensor(name, t)
     if t.dtype != torch.int32:
         raise TypeError(f"{name} has dtype {t.dtype}, expected int32")
-    _check_same_device(name, t, q)
+    _check_same_device(name, t, q, first)
     if t.ndim != 1:
         raise ValueError(f"{name} has {t.ndim} dimensions, expected 1")
     if t.shape[0] == 0 and n > 0:  # the ops would take it for None
         raise ValueError(f"{name} has 0 elements, expected {n}")
     return t.contiguous()
+
+
+def _pages(t: Tensor | None, q: Tensor, absent: Tensor, first: str = "q") -> Tensor:
+    """block_table with contiguous rows, or the empty tensor of one dimension that stands for None."""
+    if t is None:
+        return absent
+    _check_tensor("block_table", t)
+    if t.dtype != torch.int32:
+        raise TypeError(f"block_table has dtype {t.dtype}, expected int32")
+    _check_same_device("block_table", t, q, first)
+    if t.ndim != 2:
+        raise ValueError(f"block_table has {t.ndim} dimensions, expected 2: [batch, columns]")
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _per_head(name: str, t: Tensor | None, q: Tensor, absent: Tensor, max_rank: int) -> Tensor:
@@ -109,14 +122,15 @@ def _unpadded(values: Tensor, v: Tensor) -> Tensor:
 
 def _arguments(
     q, k, v, *, causal, scale, window, softcap, alibi_slopes, sinks, split_size, arithmetic,
-    cu_seqlens=None, seqused_q=None, seqused_k=None, leftpad_k=None, k_pos=None,
+    cu_seqlens=None, seqused_q=None, seqused_k=None, leftpad_k=None, k_pos=None, cache_batch_idx=None, block_table=None,
 ) -> tuple:  # fmt: skip
     """The arguments of the ops, in their order."""
     _check_tensor("q", q)
     if q.device.type not in ops.DEVICES:
         raise NotImplementedError(f"q is on {q.device}: flash_attn_det has kernels for cpu and cuda")
     rank = 4 if cu_seqlens is None else 3
-    q, k, v = (_rows(name, t, q, rank) for name, t in (("q", q), ("k", k), ("v", v)))
+    q = _rows("q", q, q, rank)
+    k, v = (_rows(name, t, q, rank if block_table is None else 4) for name, t in (("k", k), ("v", v)))
     no_lengths = torch.empty(0, dtype=torch.int32, device=q.device)
     per_head = torch.empty(0, dtype=ops.compute_dtype(q.dtype), device=q.device)
     if cu_seqlens is None:
@@ -124,7 +138,8 @@ def _arguments(
         cu_seqlens_q = cu_seqlens_k = no_lengths
     else:
         _check_tensor("cu_seqlens_q", cu_seqlens[0])
-        _check_tensor("cu_seqlens_k", cu_seqlens[1])
+        if block_table is None:
+            _check_tensor("cu_seqlens_k", cu_seqlens[1])
         cu_seqlens_q = _lengths("cu_seqlens_q", cu_seqlens[0], q, no_lengths, 1)
         cu_seqlens_k = _lengths("cu_seqlens_k", cu_seqlens[1], q, no_lengths, 1)
         batch = cu_seqlens_q.shape[0] - 1
@@ -141,6 +156,8 @@ def _arguments(
         _lengths("seqused_k", seqused_k, q, no_lengths, batch),
         _lengths("leftpad_k", leftpad_k, q, no_lengths, batch),
         _lengths("k_pos", k_pos, q, no_lengths, batch),
+        _lengths("cache_batch_idx", cache_batch_idx, q, no_lengths, batch),
+        _pages(block_table, q, no_lengths),
         _per_head("alibi_slopes", alibi_slopes, q, per_head, 2),
         _per_head("sinks", sinks, q, per_head, 1),
         1.0 / math.sqrt(max(head_dim, 1)) if scale is None else _number("scale", scale),
@@ -223,7 +240,7 @@ def attn_varlen(
     k: Tensor,
     v: Tensor,
     cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None = None,
     *,
     causal: bool = False,
     scale: float | None = None,
@@ -233,7 +250,9 @@ def attn_varlen(
     sinks: Tensor | None = None,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
     k_pos: Tensor | None = None,
+    block_table: Tensor | None = None,
     split_size: int | None = None,
     arithmetic: str = "auto",
     return_lse: bool = False,
@@ -244,14 +263,19 @@ def attn_varlen(
     cu_seqlens_q, cu_seqlens_k [B + 1] int32, ascending from 0: sequence b owns rows cu_seqlens[b] up to
         cu_seqlens[b + 1] - 1. Rows of q behind the last sequence get out = 0 and lse = -inf.
     seqused_q, seqused_k [B] int32: rows and keys in use of those that the sequence owns.
+    block_table [B, columns] int32: k and v are a pool of pages, k [pages, page_size, Hk, D], v [pages, page_size, Hk,
+        Dv], and row r of sequence b is row r % page_size of page block_table[b, r // page_size]. Any page_size from 1
+        on. cu_seqlens_k is None then, seqused_k says how many keys each sequence has, and leftpad_k [B] int32 how many
+        rows to skip before them. Pages may repeat; entries behind the last key are not read. On a CUDA device entries
+        cannot be checked: wrong ones read another page of the pool.
     The other arguments, and what is raised, as in attn.
 
     Returns out [Tq, Hq, Dv], contiguous, in q's dtype; with return_lse also lse [Hq, Tq] in the compute dtype.
     """
     arguments = _arguments(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        cu_seqlens=(cu_seqlens_q, cu_seqlens_k), seqused_q=seqused_q, seqused_k=seqused_k, k_pos=k_pos,
-        split_size=split_size, arithmetic=arithmetic,
+        cu_seqlens=(cu_seqlens_q, cu_seqlens_k), seqused_q=seqused_q, seqused_k=seqused_k, leftpad_k=leftpad_k,
+        k_pos=k_pos, block_table=block_table, split_size=split_size, arithmetic=arithmetic,
     )  # fmt: skip
     out, lse = ops.call(ops.fwd, *arguments)
     out = _unpadded(out, v)

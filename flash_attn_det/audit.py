@@ -150,7 +150,10 @@ class _Layout:
     def __init__(self, call: _Call):
         self.call = call
         self.packed = call.cu_seqlens_q.numel() > 0
+        self.paged = call.block_table.ndim == 2
         self.rows_q, self.rows_k = call.q.shape[-3], call.k.shape[-3]
+        if self.paged:
+            self.rows_k *= call.block_table.shape[1]
         self._values = {name: x.tolist() for name, x in call._asdict().items() if getattr(x, "dtype", 0) == torch.int32}
         self.batch = len(self._values["cu_seqlens_q"]) - 1 if self.packed else call.q.shape[0]
         self.count = self.rows_q if self.packed else self.batch * self.rows_q  # rows of one head
@@ -161,10 +164,11 @@ class _Layout:
 
     def _owned(self, name: str, b: int, rows: int) -> tuple[int, int]:
         """First row and number of rows of sequence b."""
-        if not self.packed:
+        offsets = self._values[name]
+        if not offsets:
             return 0, rows
-        first = _clamp(self._values[name][b], 0, rows)
-        end = rows if b == self.batch else _clamp(self._values[name][b + 1], first, rows)
+        first = _clamp(offsets[b], 0, rows)
+        end = rows if b == self.batch else _clamp(offsets[b + 1], first, rows)
         return first, end - first
 
     def sequence(self, b: int) -> _Sequence:
@@ -193,6 +197,16 @@ class _Layout:
             return _Row(s, i, head, s.k_pos, s.k_pos, 0)
         return _Row(s, i, head, lo, hi, hi - 1 - position if self.call.alibi_slopes.numel() else 0)
 
+    def keys(self, x: Tensor, s: _Sequence, head: int, first: int, end: int) -> Tensor:
+        """Rows first .. end - 1 of a sequence's keys or values [rows, D], counted as k_row is."""
+        if self.paged:
+            row = torch.arange(first, end, device=x.device)
+            page = self.call.block_table[s.index][row // x.shape[1]].clamp(0, x.shape[0] - 1)
+            return x[page, row % x.shape[1], head]
+        if self.packed:
+            return x[first:end, head]
+        return x[self._length("cache_batch_idx", s.index, s.index, x.shape[0] - 1), first:end, head]
+
     def index(self, row: _Row) -> tuple[int, ...]:
         """Of the row in q and out: (b, i, h) or (t, h)."""
         if self.packed:
@@ -212,8 +226,7 @@ def _keys(layout: _Layout, x: Tensor, rows: list[_Row]) -> tuple[Tensor, int]:
     """Keys or values [n, D] that rows of one sequence and kv head see, on the CPU, and the position of the first."""
     s, group = rows[0].sequence, layout.call.q.shape[-2] // layout.call.k.shape[-2]
     lo, hi = min(row.lo for row in rows), max(row.hi for row in rows)
-    buffer = x if layout.packed else x[s.index]
-    return buffer[s.k_row + lo - s.k_pos : s.k_row + hi - s.k_pos, rows[0].head // group].cpu(), lo
+    return layout.keys(x, s, rows[0].head // group, s.k_row + lo - s.k_pos, s.k_row + hi - s.k_pos).cpu(), lo
 
 
 def _per_row(x: Tensor, rows: list[_Row]) -> Tensor | None:
@@ -346,10 +359,12 @@ def _check_call(call: _Call) -> None:
     """What the C library would have refused, as far as rows could not be found without it."""
     q, k, v = call.q.shape, call.k.shape, call.v.shape
     packed = call.cu_seqlens_q.numel() > 0
-    if k[-1] != q[-1] or k[:-1] != v[:-1] or q[-2] % max(k[-2], 1) != 0 or (not packed and k[0] != q[0]):
+    own_entries = not packed and call.block_table.ndim == 1 and call.cache_batch_idx.numel() == 0
+    if k[-1] != q[-1] or k[:-1] != v[:-1] or q[-2] % max(k[-2], 1) != 0 or (own_entries and k[0] != q[0]):
         raise ValueError(f"q {list(q)}, k {list(k)} and v {list(v)} are not those of one call")
     batch = call.cu_seqlens_q.numel() - 1 if packed else q[0]
-    shapes = dict.fromkeys(("seqused_q", "seqused_k", "leftpad_k", "k_pos"), (batch,))
+    shapes = dict.fromkeys(("seqused_q", "seqused_k", "leftpad_k", "k_pos", "cache_batch_idx"), (batch,))
+    shapes |= {"block_table": (batch, *call.block_table.shape[1:])}
     shapes |= {"alibi_slopes": (batch, q[-2])[-call.alibi_slopes.ndim :], "sinks": (q[-2],)}
     shapes |= {"cu_seqlens_k": call.cu_seqlens_q.shape}
     for name, shape in shapes.items():
@@ -387,14 +402,18 @@ def audit(
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
     k_pos: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    block_table: Tensor | None = None,
     split_size: int | None = None,
     arithmetic: str = "auto",
 ) -> AuditReport:
     """Compute a sample of the rows of a result again, on the CPU, and compare the bits of out and lse.
 
-    q, k, v and the keywords: those of the call of attn that gave out; of attn_varlen with both cu_seqlens. They must
-        hold what they held then, and the default split size must be what it was. On any device; only the queries of the
-        sampled rows and the keys and values that these see are copied to the CPU.
+    q, k, v and the keywords: those of the call of attn that gave out; of attn_varlen with its cu_seqlens and
+        block_table; of attn_with_kvcache the caches, q as rotated, and as seqused_k the rows in use with those that
+        were appended, less leftpad_k. They must hold what they held then, and the default split size must be what it
+        was. On any device; only the queries of the sampled rows and the keys and values that these see are copied to
+        the CPU.
     out, lse: what the call returned; without lse only out is compared.
     rows: how many rows, each of one head, are drawn; all if there are no more. One wrong row among n is found with
         probability rows / n.
@@ -407,7 +426,7 @@ def audit(
     ALiBi without causal costs more, in proportion to the visible keys behind a row.
     """
     _check_count("rows", rows)
-    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+    if block_table is None and (cu_seqlens_q is None) != (cu_seqlens_k is None):
         raise ValueError("only one of cu_seqlens_q and cu_seqlens_k is given, expected both or none")
     packed = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k)
     attention._check_tensor("out", out)
@@ -416,7 +435,7 @@ def audit(
         *attention._arguments(
             q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
             cu_seqlens=packed, seqused_q=seqused_q, seqused_k=seqused_k, leftpad_k=leftpad_k, k_pos=k_pos,
-            split_size=split_size, arithmetic=arithmetic,
+            cache_batch_idx=cache_batch_idx, block_table=block_table, split_size=split_size, arithmetic=arithmetic,
         )
     )  # fmt: skip
     _check_call(call)

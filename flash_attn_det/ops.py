@@ -17,15 +17,23 @@ from . import _library
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor seqused_q, Tensor seqused_k, "
-    "Tensor leftpad_k, Tensor k_pos, Tensor alibi_slopes, Tensor sinks, float scale, bool causal, int window_left, "
-    "int window_right, float softcap, int split_size, int arithmetic"
+    "Tensor leftpad_k, Tensor k_pos, Tensor cache_batch_idx, Tensor block_table, Tensor alibi_slopes, Tensor sinks, "
+    "float scale, bool causal, int window_left, int window_right, float softcap, int split_size, int arithmetic"
 )
+_APPEND_ARGUMENTS = (
+    "Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor cache_batch_idx, "
+    "Tensor block_table, Tensor rotary_cos, Tensor rotary_sin, bool rotary_interleaved"
+)
+_ROTATE_ARGUMENTS = "Tensor x, Tensor cos, Tensor sin, Tensor offsets, bool advance, bool interleaved"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 # Kept for the life of the process: torch forgets what was defined through a Library that is collected.
 _library_handle = torch.library.Library("flash_attn_det", "DEF")
 _library_handle.define(f"fwd({_ARGUMENTS}) -> (Tensor out, Tensor lse)", tags=_TAGS)
 _library_handle.define(f"fwd_partials({_ARGUMENTS}) -> (Tensor o, Tensor m, Tensor l)", tags=_TAGS)
+_library_handle.define(f"check({_ARGUMENTS}) -> ()", tags=_TAGS)
+_library_handle.define(f"append({_APPEND_ARGUMENTS}) -> ()", tags=_TAGS)
+_library_handle.define(f"rotate({_ROTATE_ARGUMENTS}) -> Tensor", tags=_TAGS)
 _library.register_kernels()
 
 DEVICES = ("cpu", "cuda", "meta")  # with kernels (CUDA's may not be in the build: C says so); meta only infers shapes
@@ -52,15 +60,27 @@ def _fwd_fake(q, k, v, cu_seqlens_q, *_):
 
 @torch.library.register_fake("flash_attn_det::fwd_partials", lib=_library_handle)
 def _fwd_partials_fake(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, k_pos, alibi_slopes, sinks,
-    scale, causal, window_left, window_right, softcap, split_size, arithmetic,
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, k_pos, cache_batch_idx, block_table,
+    alibi_slopes, sinks, scale, causal, window_left, window_right, softcap, split_size, arithmetic,
 ):  # fmt: skip
     batch, rows, heads, _ = q.shape
-    count = (k.shape[1] + split_size - 1) // split_size + (1 if sinks.numel() > 0 else 0)
+    keys = k.shape[1] * (block_table.shape[1] if block_table.ndim == 2 else 1)
+    count = (keys + split_size - 1) // split_size + (1 if sinks.numel() > 0 else 0)
     dtype = compute_dtype(q.dtype)
     o = q.new_empty((count, batch, rows, heads, v.shape[-1]), dtype=dtype)
     m, l = (q.new_empty((count, batch, heads, rows), dtype=dtype) for _ in range(2))
     return o, m, l
+
+
+@torch.library.register_fake("flash_attn_det::check", lib=_library_handle)
+@torch.library.register_fake("flash_attn_det::append", lib=_library_handle)
+def _nothing_fake(*_) -> None:
+    return None
+
+
+@torch.library.register_fake("flash_attn_det::rotate", lib=_library_handle)
+def _rotate_fake(x, *_):
+    return x.new_empty(x.shape)
 
 
 NO_BACKWARD = (
@@ -75,6 +95,7 @@ def _backward(ctx, *_) -> NoReturn:
 
 torch.library.register_autograd("flash_attn_det::fwd", _backward, lib=_library_handle)
 torch.library.register_autograd("flash_attn_det::fwd_partials", _backward, lib=_library_handle)
+torch.library.register_autograd("flash_attn_det::rotate", _backward, lib=_library_handle)
 
 
 class _Observers(threading.local):
@@ -104,7 +125,7 @@ def observed_by(*observers: Callable) -> Iterator[None]:
         _observers.value = outer
 
 
-def call(op, *arguments) -> tuple[Tensor, ...]:
+def call(op, *arguments) -> Tensor | tuple[Tensor, ...] | None:
     """Run one of the ops; a failure of the C library becomes ValueError, NotImplementedError or RuntimeError.
 
     Inside a graph that torch.compile made, the op is called by the graph and not from here, so there the same message
@@ -128,3 +149,6 @@ def call(op, *arguments) -> tuple[Tensor, ...]:
 
 fwd = torch.ops.flash_attn_det.fwd.default
 fwd_partials = torch.ops.flash_attn_det.fwd_partials.default
+check = torch.ops.flash_attn_det.check.default  # raises what fwd would, and does nothing else
+append = torch.ops.flash_attn_det.append.default
+rotate = torch.ops.flash_attn_det.rotate.default

@@ -30,10 +30,25 @@ VARLEN = {
 }
 
 
+KVCACHE = {
+    **dict.fromkeys(("q", "k_cache", "v_cache"), inspect.Parameter.empty),
+    **dict.fromkeys(("k", "v", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx", "cache_leftpad")),
+    "block_table": None,
+    "softmax_scale": None,
+    "causal": False,
+    "window_size": (-1, -1),
+    "softcap": 0.0,
+    "rotary_interleaved": True,
+    "alibi_slopes": None,
+    "num_splits": 0,
+    "return_softmax_lse": False,
+}
+
+
 @pytest.mark.parametrize(
     ("function", "published"),
-    [(fad.flash_attn_func, DENSE), (fad.flash_attn_varlen_func, VARLEN)],
-    ids=["dense", "varlen"],
+    [(fad.flash_attn_func, DENSE), (fad.flash_attn_varlen_func, VARLEN), (fad.flash_attn_with_kvcache, KVCACHE)],
+    ids=["dense", "varlen", "kvcache"],
 )
 def test_signature(function, published):
     parameters = inspect.signature(function).parameters
@@ -87,9 +102,52 @@ def test_dropout_is_refused():
         fad.flash_attn_varlen_func(*packed(), 4, 50, dropout_p=0.1)
 
 
-def test_block_table_is_refused():
-    with pytest.raises(NotImplementedError, match="block_table is given: flash_attn_det has no paged keys"):
-        fad.flash_attn_varlen_func(*packed(), 4, 50, block_table=torch.zeros(2, 1, dtype=torch.int32))
+def pages(k, v):
+    """k and v [1, rows, ...] of two sequences, of 50 and 40 rows, in pages of 10, and their table."""
+    order = torch.tensor([5, 2, 8, 0, 7, 1, 3, 6, 4])
+    pools = [x.unflatten(0, (9, 10))[order.argsort()] for x in (k, v)]
+    table = torch.full((2, 6), -1, dtype=torch.int32)
+    table[0, :5], table[1, :4] = order[:5].int(), order[5:].int()
+    return *pools, table
+
+
+def test_varlen_with_block_table():
+    q, k, v, cu_q, cu_k = packed()
+    *pools, table = pages(k, v)
+    keywords = dict(causal=True, window_size=(20, 0), return_attn_probs=True)
+    got = fad.flash_attn_varlen_func(q, *pools, cu_q, cu_k, 4, 50, block_table=table, **keywords)
+    want = fad.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 4, 50, **keywords)
+    for a, b in zip(got, want):
+        assert_bits_equal(a, b)
+
+
+def test_kvcache():
+    q, k, v = dense()
+    k_cache, v_cache = (torch.full((3, 120, 2, 16), torch.nan) for _ in range(2))
+    cos, sin = torch.randn(120, 4), torch.randn(120, 4)
+    slopes, entries = torch.linspace(0.1, 0.4, 4), torch.tensor([2, 0], dtype=torch.int32)
+    fad.append_kvcache(k_cache, v_cache, k[:, :83], v[:, :83], cache_seqlens=5, cache_batch_idx=entries)
+    pad, mine = torch.tensor([5, 5], dtype=torch.int32), [k_cache.clone(), v_cache.clone()]
+    out, lse = fad.flash_attn_with_kvcache(
+        q, k_cache, v_cache, k[:, 83:], v[:, 83:], cos, sin, 88, entries, pad, None, 0.3, True, (20, 0), 4.0, False,
+        slopes, 7, True,
+    )  # fmt: skip
+    want = fad.attn_with_kvcache(
+        q, *mine, k[:, 83:], v[:, 83:], rotary_cos=cos, rotary_sin=sin, rotary_interleaved=False, cache_seqlens=88,
+        cache_batch_idx=entries, leftpad_k=pad, scale=0.3, causal=True, window=(20, 0), softcap=4.0,
+        alibi_slopes=slopes, return_lse=True,
+    )  # fmt: skip
+    for a, b in zip((out, lse, k_cache, v_cache), (*want, *mine)):
+        assert_bits_equal(a, b)
+    assert_bits_equal(fad.flash_attn_with_kvcache(q, k, v), fad.attn(q, k, v))
+
+
+def test_num_splits_does_not_reach_the_bits():
+    q, k, v = dense()
+    for n in (0, 1, 5):
+        assert_bits_equal(
+            fad.flash_attn_with_kvcache(q, k, v, causal=True, num_splits=n), fad.attn(q, k, v, causal=True)
+        )
 
 
 def test_grad_is_refused():

@@ -5,9 +5,13 @@ static fad_status select_backend(const fad_attn_problem *problem, const fad_back
     const fad_status status = fad_check_problem(problem);
     if (status != FAD_OK)
         return status;
-    if (problem->device == FAD_CUDA)
-        return fad_load_cuda(backend);
-    return fad_cpu_select_backend(problem, backend);
+    if (problem->device == FAD_CPU)
+        return fad_cpu_select_backend(problem, backend);
+    const fad_device_backend *cuda;
+    const fad_status loaded = fad_load_cuda(&cuda);
+    if (loaded == FAD_OK)
+        *backend = &cuda->attention;
+    return loaded;
 }
 
 fad_status fad_attn_check(const fad_attn_problem *problem) {

@@ -21,15 +21,28 @@ typedef struct fad_backend {
     fad_status (*partials)(const fad_attn_problem *problem, const fad_partials *partials, const fad_runtime *runtime);
 } fad_backend;
 
+/* Of a device that has a library of its own. */
+typedef struct fad_device_backend {
+    fad_backend attention;
+    fad_status (*append)(const fad_cache_append *append, const fad_runtime *runtime);
+    fad_status (*rotate)(const fad_rotation *rotation, const fad_runtime *runtime);
+} fad_device_backend;
+
+/* Bytes of the structs that a call may bring: libraries of one build agree on them. */
+typedef struct fad_struct_bytes {
+    size_t problem, append, rotation;
+} fad_struct_bytes;
+#define FAD_STRUCT_BYTES {sizeof(fad_attn_problem), sizeof(fad_cache_append), sizeof(fad_rotation)}
+
 typedef struct fad_core_services {
     fad_status (*fail)(fad_status status, const char *format, ...); /* records this thread's error text */
     const fad_schedule *(*forced_schedule)(void);
-    size_t problem_bytes; /* sizeof(fad_attn_problem), and */
-    int64_t contract;     /* FAD_CONTRACT_VERSION: what the backend must have been built with */
+    fad_struct_bytes bytes; /* this, and */
+    int64_t contract;       /* FAD_CONTRACT_VERSION: what the backend must have been built with */
 } fad_core_services;
 
-/* The only symbol of libflash_attn_det_cuda. Null if it was built with another struct or contract. */
-FAD_API const fad_backend *fad_cuda_backend(const fad_core_services *services);
+/* The only symbol of libflash_attn_det_cuda. Null if it was built with other structs or another contract. */
+FAD_API const fad_device_backend *fad_cuda_backend(const fad_core_services *services);
 
 #ifdef __cplusplus
 }

@@ -1,24 +1,9 @@
 /* Every argument check, before any work. Messages name the argument, its value and what was expected. */
-#include "core.h"
+#include "require.h"
 
 #include <float.h>
 #include <math.h>
 
-#define REQUIRE(condition, ...)                                                                                        \
-    do {                                                                                                               \
-        if (!(condition))                                                                                              \
-            return fad_fail(FAD_INVALID_ARGUMENT, __VA_ARGS__);                                                        \
-    } while (0)
-#define TRY(call)                                                                                                      \
-    do {                                                                                                               \
-        const fad_status status_ = (call);                                                                             \
-        if (status_ != FAD_OK)                                                                                         \
-            return status_;                                                                                            \
-    } while (0)
-#define LL(x) ((long long)(x))
-
-/* Elements of a tensor, at most: offsets and counts of anything in it cannot overflow. */
-static const double max_elements = 0x1p56;
 /* Window and split sizes beyond this mean nothing more, and sums of a few of them must not overflow. */
 static const int64_t max_extent = INT64_C(1) << 40;
 
@@ -32,10 +17,23 @@ static fad_status check_shape(const fad_attn_problem *p) {
     REQUIRE(p->Dv >= 1 && p->Dv <= FAD_MAX_HEAD_DIM, "head dim of v is %lld, expected 1 to %d", LL(p->Dv),
             FAD_MAX_HEAD_DIM);
     const double rows = (double)(p->B + 1) * (double)p->Hq * FAD_MAX_HEAD_DIM;
-    REQUIRE(p->B < INT32_MAX && rows * (double)p->Sq <= max_elements && rows * (double)p->Sk <= max_elements,
+    REQUIRE(p->B < INT32_MAX && rows * (double)p->Sq <= FAD_MAX_ELEMENTS && rows * (double)p->Sk <= FAD_MAX_ELEMENTS,
             "batch %lld, query rows %lld, key rows %lld, heads %lld: too large", LL(p->B), LL(p->Sq), LL(p->Sk),
             LL(p->Hq));
     return FAD_OK;
+}
+
+/* Which of the forms of q, and of k and v, are given. */
+static fad_status check_layout(const fad_attn_problem *p) {
+    const fad_cache cache = fad_cache_of(p);
+    REQUIRE(!p->cu_seqlens_k || !p->block_table, "block_table and cu_seqlens_k are given, expected one of them");
+    REQUIRE(p->block_table || !p->cu_seqlens_q == !p->cu_seqlens_k,
+            "only one of cu_seqlens_q and cu_seqlens_k is given, expected both or none");
+    REQUIRE(!p->block_table || !p->cu_seqlens_q || p->seqused_k,
+            "block_table and cu_seqlens_q are given without seqused_k, expected the number of keys of each sequence");
+    REQUIRE(!p->cu_seqlens_k || !p->leftpad_k, "leftpad_k is given for packed sequences, which have no padding");
+    REQUIRE(!p->cu_seqlens_q || !p->cache_batch_idx, "cache_batch_idx is given for packed sequences, which need none");
+    return fad_check_cache(&cache);
 }
 
 static fad_status check_data(const fad_attn_problem *p) {
@@ -62,13 +60,16 @@ static fad_status check_options(const fad_attn_problem *p) {
     _Static_assert(FAD_MMA_BLOCK_KV % FAD_BLOCK_KV == 0, "a split is whole blocks of either family");
     REQUIRE(p->split_size > 0 && p->split_size % FAD_MMA_BLOCK_KV == 0 && p->split_size <= max_extent,
             "split_size is %lld, expected a positive multiple of %d", LL(p->split_size), FAD_MMA_BLOCK_KV);
-    REQUIRE(!p->alibi_slopes || p->cu_seqlens_q || (p->Sk < FAD_MAX_ALIBI_KEYS && p->Sq < FAD_MAX_ALIBI_KEYS),
+    REQUIRE(!p->alibi_slopes ||
+                ((p->cu_seqlens_k || p->Sk < FAD_MAX_ALIBI_KEYS) && (p->cu_seqlens_q || p->Sq < FAD_MAX_ALIBI_KEYS)),
             "ALiBi with %lld keys and %lld query rows: expected fewer than %d of each", LL(p->Sk), LL(p->Sq),
             FAD_MAX_ALIBI_KEYS);
     return FAD_OK;
 }
 
 static fad_status check_cu_seqlens(const char *name, const int32_t *cu, int64_t B, int64_t rows) {
+    if (!cu)
+        return FAD_OK;
     REQUIRE(cu[0] == 0, "%s[0] is %d, expected 0", name, cu[0]);
     for (int64_t b = 0; b < B; b++)
         REQUIRE(cu[b] <= cu[b + 1], "%s falls from %d to %d at index %lld, expected an ascending list", name, cu[b],
@@ -102,6 +103,16 @@ static fad_status check_lengths(const fad_attn_problem *p) {
     return FAD_OK;
 }
 
+/* Every entry that holds a key names something in k and v. Run only where the host can read the arrays. */
+static fad_status check_entries(const fad_attn_problem *p) {
+    const fad_cache cache = fad_cache_of(p);
+    for (int64_t b = 0; b < p->B; b++) {
+        const fad_sequence s = fad_get_sequence(p, b);
+        TRY(fad_check_cache_rows(&cache, b, s.k_row, s.k_row + s.span.n_k));
+    }
+    return FAD_OK;
+}
+
 static fad_status check_arithmetic(const fad_attn_problem *p) {
     REQUIRE(p->arithmetic >= FAD_ARITHMETIC_AUTO && p->arithmetic <= FAD_ARITHMETIC_MMA_SM80,
             "arithmetic is %d, expected a fad_arithmetic", p->arithmetic);
@@ -126,16 +137,15 @@ fad_status fad_check_problem(const fad_attn_problem *p) {
     REQUIRE(p->device == FAD_CPU || p->device == FAD_CUDA, "device is %d, expected a fad_device", p->device);
     TRY(check_arithmetic(p));
     TRY(check_shape(p));
-    REQUIRE(!p->cu_seqlens_q == !p->cu_seqlens_k,
-            "only one of cu_seqlens_q and cu_seqlens_k is given, expected both or none");
-    REQUIRE(!p->cu_seqlens_q || !p->leftpad_k, "leftpad_k is given for packed sequences, which have no padding");
+    TRY(check_layout(p));
     TRY(check_data(p));
     TRY(check_options(p));
-    if (p->cu_seqlens_q && p->device == FAD_CPU) {
-        TRY(check_cu_seqlens("cu_seqlens_q", p->cu_seqlens_q, p->B, p->Sq));
-        TRY(check_cu_seqlens("cu_seqlens_k", p->cu_seqlens_k, p->B, p->Sk));
-    }
-    return p->device == FAD_CPU ? check_lengths(p) : FAD_OK;
+    if (p->device != FAD_CPU)
+        return FAD_OK;
+    TRY(check_cu_seqlens("cu_seqlens_q", p->cu_seqlens_q, p->B, p->Sq));
+    TRY(check_cu_seqlens("cu_seqlens_k", p->cu_seqlens_k, p->B, p->Sk));
+    TRY(check_lengths(p));
+    return check_entries(p);
 }
 
 fad_status fad_check_out(const fad_attn_problem *p) {

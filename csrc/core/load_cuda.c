@@ -22,10 +22,9 @@ static fad_status library_path(char *path, size_t size) {
     return FAD_OK;
 }
 
-fad_status fad_load_cuda(const fad_backend **backend) {
-    static const fad_core_services services = {fad_fail, fad_forced_schedule, sizeof(fad_attn_problem),
-                                               FAD_CONTRACT_VERSION};
-    static _Atomic(const fad_backend *) loaded;
+fad_status fad_load_cuda(const fad_device_backend **backend) {
+    static const fad_core_services services = {fad_fail, fad_forced_schedule, FAD_STRUCT_BYTES, FAD_CONTRACT_VERSION};
+    static _Atomic(const fad_device_backend *) loaded;
     char path[4096];
     if ((*backend = atomic_load(&loaded)))
         return FAD_OK;
@@ -38,7 +37,7 @@ fad_status fad_load_cuda(const fad_backend **backend) {
                         "the tensors are on a CUDA device, but this build has no CUDA kernels (%s); install again "
                         "with nvcc on the PATH, FLASH_ATTN_DET_CUDA=1 makes that an error",
                         dlerror());
-    const fad_backend *(*entry)(const fad_core_services *);
+    const fad_device_backend *(*entry)(const fad_core_services *);
     /* POSIX's way around function pointers that are not objects */
     *(void **)&entry = dlsym(library, "fad_cuda_backend");
     *backend = entry ? entry(&services) : NULL;

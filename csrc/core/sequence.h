@@ -9,9 +9,16 @@
  * must be written), and what its rows may see. */
 typedef struct fad_sequence {
     int64_t index, q, k, v, out, lse, q_rows;
-    int64_t k_row; /* the row of k and v that holds the first key */
+    int64_t k_row;               /* the row of k and v that holds the first key */
+    const int32_t *pages;        /* of the sequence's rows of k and v; null: they are not paged */
+    uint32_t page_size, n_pages; /* rows of a page; pages of the pool */
     fad_span span;
 } fad_sequence;
+
+/* A row of k and v within what starts at fad_sequence's k and v: of the sequence, or of a pool of pages. */
+typedef struct fad_key_place {
+    int64_t page, row;
+} fad_key_place;
 
 /* Packed calls have one more sequence, number B: the rows of the buffer behind the last one, all unused. */
 FAD_FN int64_t fad_sequence_count(const fad_attn_problem *p) { return p->B + (p->cu_seqlens_q != NULL); }
@@ -39,7 +46,10 @@ FAD_FN fad_sequence fad_get_sequence(const fad_attn_problem *p, int64_t b) {
     s.index = b;
     s.q_rows = fad_owned_rows(p->cu_seqlens_q, p->B, b, p->Sq, &q_row);
     k_rows = fad_owned_rows(p->cu_seqlens_k, p->B, b, p->Sk, &k_row);
+    int64_t entry = p->cu_seqlens_k ? 0 : b;
     if (b < p->B) {
+        if (p->cache_batch_idx)
+            entry = fad_clamp(p->cache_batch_idx[b], 0, p->Bk - 1);
         const int64_t pad = p->leftpad_k ? fad_clamp(p->leftpad_k[b], 0, k_rows) : 0;
         k_row += pad;
         s.span.n_q = p->seqused_q ? fad_clamp(p->seqused_q[b], 0, s.q_rows) : s.q_rows;
@@ -51,11 +61,33 @@ FAD_FN fad_sequence fad_get_sequence(const fad_attn_problem *p, int64_t b) {
     s.span.right = p->causal ? 0 : p->window_right; /* N4 */
     const int64_t batch = packed ? 0 : b;
     s.q = batch * p->q.stride_b + q_row * p->q.stride_s;
-    s.k = batch * p->k.stride_b + k_row * p->k.stride_s;
-    s.v = batch * p->v.stride_b + k_row * p->v.stride_s;
+    if (p->block_table) {
+        s.pages = p->block_table + b * p->block_table_stride;
+        s.page_size = (uint32_t)p->page_size;
+        s.n_pages = (uint32_t)p->Bk;
+    } else {
+        s.k = entry * p->k.stride_b + k_row * p->k.stride_s;
+        s.v = entry * p->v.stride_b + k_row * p->v.stride_s;
+    }
     s.out = batch * p->out.stride_b + q_row * p->out.stride_s;
     s.lse = batch * p->lse.stride_b + q_row * p->lse.stride_s;
     return s;
+}
+
+/* Key number j of a sequence, which exists. The host has checked the pages that it can read. */
+FAD_FN fad_key_place fad_find_key(const fad_sequence *s, int64_t j) {
+    fad_key_place place = {0, j};
+    if (s->pages) {
+        const uint32_t row = (uint32_t)(s->k_row + j); /* 32 bits hold it: paged calls have no longer sequences */
+        place.page = fad_clamp(s->pages[row / s->page_size], 0, (int64_t)s->n_pages - 1);
+        place.row = row % s->page_size;
+    }
+    return place;
+}
+
+/* Its element offset in a view of k or v; first: fad_sequence's k or v. */
+FAD_FN int64_t fad_key_offset(const fad_view *view, int64_t first, fad_key_place place) {
+    return first + place.page * view->stride_b + place.row * view->stride_s;
 }
 
 #endif

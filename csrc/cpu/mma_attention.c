@@ -35,7 +35,8 @@ static uint16_t *values_of(const fad_view *view, int64_t first, int64_t index, i
     return (uint16_t *)view->data + first + index * view->stride_s + h * view->stride_h;
 }
 static const uint16_t *key_row(const row *r, const fad_view *view, int64_t first, int64_t pos) {
-    return values_of(view, first, pos - r->seq.span.k_pos, r->h / fad_group(r->p));
+    const int64_t at = fad_key_offset(view, first, fad_find_key(&r->seq, pos - r->seq.span.k_pos));
+    return (const uint16_t *)view->data + at + r->h / fad_group(r->p) * view->stride_h;
 }
 
 static void load_row(const fad_attn_problem *p, fad_sequence seq, int64_t i, int64_t h, row *r) {

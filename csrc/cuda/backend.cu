@@ -71,9 +71,10 @@ static fad_status partial_states(const fad_attn_problem *p, const fad_partials *
     return p->sinks ? store_sink_states(p, *partials, runtime->stream) : FAD_OK;
 }
 
-const fad_backend *fad_cuda_backend(const fad_core_services *services) {
-    static const fad_backend backend = {workspace, forward, partial_states};
+const fad_device_backend *fad_cuda_backend(const fad_core_services *services) {
+    static const fad_device_backend backend = {{workspace, forward, partial_states}, cuda_append, cuda_rotate};
+    static const fad_struct_bytes bytes = FAD_STRUCT_BYTES;
     fad_core = services;
-    const bool same = services->problem_bytes == sizeof(fad_attn_problem) && services->contract == FAD_CONTRACT_VERSION;
+    const bool same = !memcmp(&services->bytes, &bytes, sizeof bytes) && services->contract == FAD_CONTRACT_VERSION;
     return same ? &backend : nullptr;
 }

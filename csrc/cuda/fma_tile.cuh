@@ -164,10 +164,12 @@ template <class S> struct FmaTile {
      * part of k is there, that of v only after finish_values. */
     __device__ void load_block(int64_t block_lo, fad_interval seen) {
         const int64_t bytes = p.dtype == FAD_FLOAT32 ? 4 : 2;
-        auto row_of = [&](const fad_view &view, int64_t first, int j) {
+        auto row_of = [&](const fad_view &view, int64_t first, int j) -> const char * {
             const int64_t pos = block_lo + j;
-            return pos >= seen.lo && pos < seen.hi ? element(view, bytes, first, pos - t.seq.span.k_pos, t.head_k)
-                                                   : nullptr;
+            if (pos < seen.lo || pos >= seen.hi)
+                return nullptr;
+            const int64_t at = fad_key_offset(&view, first, fad_find_key(&t.seq, pos - t.seq.span.k_pos));
+            return (const char *)view.data + (at + t.head_k * view.stride_h) * bytes;
         };
         auto key = [&](int j) { return row_of(p.k, t.seq.k, j); };
         auto value = [&](int j) { return row_of(p.v, t.seq.v, j); };

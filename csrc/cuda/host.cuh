@@ -63,4 +63,7 @@ fad_status store_sink_states(const fad_attn_problem *p, const fad_partials &part
 /* The families. partials() writes one state per split; the sinks' is the caller's. */
 extern const fad_backend fma_family, mma_family;
 
+fad_status cuda_append(const fad_cache_append *append, const fad_runtime *runtime);
+fad_status cuda_rotate(const fad_rotation *rotation, const fad_runtime *runtime);
+
 #endif

@@ -41,8 +41,8 @@ static void choose_hopper(const fad_attn_problem *p, Plan *plan) {
     plan->hopper = nullptr;
 #ifdef FAD_HOPPER
     const fad_schedule *forced = fad_core->forced_schedule();
-    if (plan->device.compute != 90 || forced->kernel == 1)
-        return;
+    if (plan->device.compute != 90 || forced->kernel == 1 || p->block_table || p->cache_batch_idx)
+        return; /* the copy engine is told of entry b for sequence b */
     plan->hopper = find_hopper_kernel(p, forced->tile_rows ? forced->tile_rows : typical_rows(p));
     if (!describe_keys(p, *plan->hopper, &plan->k_map, &plan->v_map))
         plan->hopper = nullptr;
@@ -83,10 +83,10 @@ static int64_t runs_of(const Plan &plan, int64_t n_splits) {
 }
 
 /* Kernels read and write rows 16 bytes at a time. The stride of a dimension of one element does not matter. */
-static fad_status check_rows(const fad_attn_problem *p, const char *name, const fad_view &view, int64_t rows,
-                             int64_t heads, int64_t dims) {
-    const int64_t strides = (p->B > 1 && !p->cu_seqlens_q ? view.stride_b : 0) | (rows > 1 ? view.stride_s : 0) |
-                            (heads > 1 ? view.stride_h : 0);
+static fad_status check_rows(const char *name, const fad_view &view, int64_t entries, int64_t rows, int64_t heads,
+                             int64_t dims) {
+    const int64_t strides =
+        (entries > 1 ? view.stride_b : 0) | (rows > 1 ? view.stride_s : 0) | (heads > 1 ? view.stride_h : 0);
     if ((strides | dims) % 8 == 0 && (uintptr_t)view.data % 16 == 0)
         return FAD_OK;
     return fad_core->fail(
@@ -108,9 +108,11 @@ static fad_status check_lengths(const fad_attn_problem *p) {
 
 static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
     TRY(check_lengths(p));
-    TRY(check_rows(p, "q", p->q, p->Sq, p->Hq, p->D));
-    TRY(check_rows(p, "k", p->k, p->Sk, p->Hk, p->D));
-    TRY(check_rows(p, "v", p->v, p->Sk, p->Hk, p->Dv));
+    const int64_t entries = p->block_table || p->cache_batch_idx ? p->Bk : p->cu_seqlens_k ? 1 : p->B;
+    const int64_t rows = p->block_table ? p->page_size : p->Sk;
+    TRY(check_rows("q", p->q, p->cu_seqlens_q ? 1 : p->B, p->Sq, p->Hq, p->D));
+    TRY(check_rows("k", p->k, entries, rows, p->Hk, p->D));
+    TRY(check_rows("v", p->v, entries, rows, p->Hk, p->Dv));
     TRY(get_device(&plan->device));
     choose_hopper(p, plan);
     plan->kernel = plan->hopper ? &plan->hopper->shape : choose_kernel(p, plan->device);
@@ -171,7 +173,7 @@ static fad_status run_splits(const fad_attn_problem *p, const Plan &plan, const 
 static fad_status forward(const fad_attn_problem *p, const fad_runtime *runtime) {
     Plan plan;
     fad_partials partials;
-    TRY(check_rows(p, "out", p->out, p->Sq, p->Hq, p->Dv));
+    TRY(check_rows("out", p->out, p->cu_seqlens_q ? 1 : p->B, p->Sq, p->Hq, p->Dv));
     TRY(make_plan(p, &plan));
     char *const after_counter = (char *)runtime->workspace + COUNTER_BYTES;
     if (!plan.spill) /* every tile with all its splits */

@@ -28,14 +28,19 @@ static __device__ __forceinline__ void load_queries(char *to, const fad_attn_pro
 
 /* K or V of one sequence and kv head. */
 struct Keys {
-    const char *data; /* of key 0 of a KeyRange; may lie before the buffer */
-    int64_t stride;   /* bytes from key to key */
-    int dims;         /* that exist */
+    const fad_view &view;
+    const fad_sequence &seq;
+    const char
+        *data;      /* of key 0 of a KeyRange, which may lie before the buffer; of the pool, where keys are in pages */
+    int64_t stride; /* bytes from key to key */
+    int dims;       /* that exist */
+    int first;      /* key 0 of the range, counted from the sequence's first */
 
     __device__ Keys(const fad_view &view, int64_t first_element, const Tile &t, int64_t first_key, int64_t D)
-        : stride(2 * view.stride_s), dims((int)D) {
-        data = (const char *)view.data + 2 * (first_element + t.head_k * view.stride_h) +
-               (first_key - t.seq.span.k_pos) * stride;
+        : view(view), seq(t.seq), stride(2 * view.stride_s), dims((int)D), first((int)(first_key - t.seq.span.k_pos)) {
+        data = (const char *)view.data + 2 * (first_element + t.head_k * view.stride_h);
+        if (!seq.pages)
+            data += first * stride;
     }
 
     /* ROWS keys from number `key` on, CHUNKS chunks from dim first_dim on, by THREADS threads of which this is number
@@ -44,6 +49,10 @@ struct Keys {
     template <int ROWS, int CHUNKS, int THREADS>
     __device__ __forceinline__ void load(char *to, int key, int lo, int hi, int first_dim, int thread) const {
         static_assert(THREADS % CHUNKS == 0, "a thread stays in one column of chunks");
+        if (seq.pages) {
+            load_paged<ROWS, CHUNKS, THREADS>(to, key, lo, hi, first_dim, thread);
+            return;
+        }
         constexpr int STEP = THREADS / CHUNKS;
         const int chunk = thread % CHUNKS, r = thread / CHUNKS, d = first_dim + chunk * 8;
         const char *from = data + (key + r) * stride + 2 * d;
@@ -52,6 +61,32 @@ struct Keys {
         for (int i = 0; i < ROWS / STEP; i++, from += STEP * stride) {
             const int number = key + r + i * STEP;
             cp_async16(to + swizzled<CHUNKS>(r + i * STEP, chunk), from, number >= lo && number < below ? 16 : 0);
+        }
+    }
+
+    /* The same of keys in pages. A warp finds each of its rows once: a lane its nth one, and the lanes that copy the row's
+     * chunks ask that lane. */
+    template <int ROWS, int CHUNKS, int THREADS>
+    __device__ __forceinline__ void load_paged(char *to, int key, int lo, int hi, int first_dim, int thread) const {
+        constexpr int STEP = THREADS / CHUNKS, WARP_STEP = 32 / CHUNKS, WARP_ROWS = ROWS / STEP * WARP_STEP,
+                      TOGETHER = WARP_ROWS < 32 ? WARP_ROWS : 32;
+        /* The compiler must not know that the thread is the same in every round: it would compute all addresses before
+         * the loop over blocks, and spill what the common path keeps in registers. */
+        asm volatile("" : "+r"(thread));
+        const int lane = thread % 32, r = thread / 32 * WARP_STEP, chunk = lane % CHUNKS, d = first_dim + chunk * 8;
+        const int below = d < dims ? hi : lo;
+#pragma unroll 1
+        for (int done = 0; done < WARP_ROWS; done += TOGETHER) {
+            const int nth = done + lane, mine = key + r + nth / WARP_STEP * STEP + nth % WARP_STEP;
+            int64_t place = 0;
+            if (lane < TOGETHER && mine >= lo && mine < hi)
+                place = fad_key_offset(&view, 0, fad_find_key(&seq, first + mine));
+#pragma unroll 4
+            for (int i = 0; i < TOGETHER / WARP_STEP; i++) {
+                const int row = r + (done / WARP_STEP + i) * STEP + lane / CHUNKS, number = key + row;
+                const char *from = data + 2 * (__shfl_sync(~0u, place, i * WARP_STEP + lane / CHUNKS) + d);
+                cp_async16(to + swizzled<CHUNKS>(row, chunk), from, number >= lo && number < below ? 16 : 0);
+            }
         }
     }
 };

@@ -53,6 +53,10 @@
  *                 out = 0 and lse = -inf.
  * N11 Non-finite. Inf and NaN in what a row may see propagate as IEEE arithmetic says; in what it may not see they do not
  *                 reach it.
+ * N12 Rotary.     A pair of values (a, b) of a row at position p becomes (a * cos - b * sin, a * sin + b * cos), with cos
+ *                 and sin of row p and the pair's column of the tables: four products, then a difference and a sum, each
+ *                 rounded on its own in the compute type, which inputs and tables are widened to exactly; then rounded
+ *                 once to the dtype of the row. Values behind the rotated ones are copied.                     (rotary.h)
  */
 #ifndef FAD_NUMERICS_CONTRACT_H
 #define FAD_NUMERICS_CONTRACT_H
@@ -61,5 +65,6 @@
 #include "half.h"
 #include "mask.h"
 #include "real.h"
+#include "rotary.h"
 
 #endif

@@ -20,6 +20,11 @@ __global__ void contract_f64(double *out, double x, double c) {
     out[1] = fad_f64_finish_lse(m, l);
 }
 
+__global__ void rotary(float *x, double *y) {
+    fad_f32_rotate(x, x + 1, x[2], x[3]);
+    fad_f64_rotate(y, y + 1, y[2], y[3]);
+}
+
 __global__ void positions(long long *out, long long n_q, long long n_k) {
     const fad_span span = {n_q, n_k, 0, -1, 0};
     const fad_interval visible = fad_visible(&span, threadIdx.x);

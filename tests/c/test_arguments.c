@@ -119,6 +119,15 @@ static void problems(void) {
     REFUSED_PACKED("cu_seqlens_k falls from 100 to 50", bad[0] = 0; bad[1] = 100; bad[2] = 50; p.cu_seqlens_k = bad);
     REFUSED_PACKED("cu_seqlens_k ends at 281", bad[0] = 0; bad[1] = 100; bad[2] = 281; p.cu_seqlens_k = bad);
     REFUSED_PACKED("leftpad_k", bad[0] = bad[1] = 0; p.leftpad_k = bad);
+    REFUSED("cache_batch_idx[1] is 2, expected 0 to 1", bad[0] = 0; bad[1] = 2; p.cache_batch_idx = bad; p.Bk = 2);
+    REFUSED("k and v have 0 entries and cache_batch_idx is given", p.cache_batch_idx = bad);
+    REFUSED("block_table[0][0] is -1, expected 0 to 1", bad[0] = -1; p.block_table = bad; p.page_size = SK; p.Bk = 2);
+    REFUSED("pages of 0 rows", p.block_table = bad; p.Bk = 2);
+    REFUSED("140 key rows in pages of 16", p.block_table = bad; p.page_size = 16; p.Bk = 2);
+    REFUSED("block_table and cache_batch_idx are given", p.block_table = p.cache_batch_idx = bad);
+    REFUSED_PACKED("block_table and cu_seqlens_k are given", p.block_table = bad; p.page_size = SK; p.Bk = 2);
+    REFUSED_PACKED("without seqused_k", p.cu_seqlens_k = NULL; p.block_table = bad; p.page_size = 1; p.Bk = 2);
+    REFUSED_PACKED("cache_batch_idx is given for packed sequences", p.cache_batch_idx = bad; p.Bk = 2);
     REFUSED_FROM(dense, FAD_UNSUPPORTED, "CUDA", p.device = FAD_CUDA);
     REFUSED_FROM(dense, FAD_UNSUPPORTED, "mma", p.arithmetic = FAD_ARITHMETIC_MMA);
     REFUSED("'mma_sm90' but the inputs are float32", p.arithmetic = FAD_ARITHMETIC_MMA_SM90);
