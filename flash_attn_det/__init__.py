@@ -5,6 +5,12 @@ from ._version import __version__
 from .attention import attn, attn_partials, attn_varlen
 from .audit import AuditError, AuditReport, AuditSummary, audit, audited
 from .compat import flash_attn_func, flash_attn_varlen_func
+from .compat_packed import (
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 from .determinism import (
     contract,
     get_deterministic_mode,
@@ -28,7 +34,11 @@ __all__ = [
     "audited",
     "contract",
     "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "get_deterministic_mode",
     "get_split_size",
     "merge_partials",

@@ -1,4 +1,4 @@
-"""The names and signatures of FlashAttention 2.8, for the two forms that exist here.
+"""The names and signatures of FlashAttention 2.8; compat_packed.py has the packed forms.
 
 Differences: any head dim 1 .. 256, float32 and float64 too, CPU tensors; dropout and block_table raise
 NotImplementedError; a row that sees no key has lse = -inf, where FlashAttention stores +inf; deterministic is accepted
@@ -12,7 +12,10 @@ from .attention import attn, attn_varlen
 
 def _refuse(dropout_p: float, block_table: Tensor | None = None) -> None:
     if dropout_p != 0.0:
-        raise NotImplementedError(f"dropout_p is {dropout_p}: flash_attn_det has no dropout, expected 0")
+        raise NotImplementedError(
+            f"dropout_p is {dropout_p}: flash_attn_det has no dropout, expected 0. What a random mask drops of a row "
+            "depends on what was drawn before it, the other rows of the batch among it"
+        )
     if block_table is not None:
         raise NotImplementedError("block_table is given: flash_attn_det has no paged keys and values yet")
 
