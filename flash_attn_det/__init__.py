@@ -20,6 +20,7 @@ from .determinism import (
     split_size,
 )
 from .merge import Partials, merge_partials
+from .sdpa import sdpa
 
 __all__ = [
     "AuditError",
@@ -42,6 +43,7 @@ __all__ = [
     "get_deterministic_mode",
     "get_split_size",
     "merge_partials",
+    "sdpa",
     "set_deterministic_mode",
     "set_split_size",
     "split_size",

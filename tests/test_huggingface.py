@@ -22,7 +22,7 @@ transformers = pytest.importorskip(
 
 from transformers import masking_utils, modeling_utils  # noqa: E402
 
-from flash_attn_det import integrations  # noqa: E402
+from flash_attn_det import integrations, masks  # noqa: E402
 from flash_attn_det.integrations import huggingface as hf  # noqa: E402
 
 PACKAGE_PARENT = pathlib.Path(flash_attn_det.__file__).parent.parent
@@ -573,8 +573,8 @@ def test_chunked_attention():
 
 def test_every_layer_shares_one_plan(monkeypatch):
     calls = []
-    planned = hf._plan_padding
-    monkeypatch.setattr(hf, "_plan_padding", lambda *arguments: calls.append(1) or planned(*arguments))
+    planned = masks.plan_keys
+    monkeypatch.setattr(masks, "plan_keys", lambda *arguments: calls.append(1) or planned(*arguments))
     with torch.no_grad():
         model("modernbert", hf.NAME)(tokens(), attention_mask=padding("left"))
     assert len(calls) == 2  # one for the full and one for the window layers, of four
@@ -610,7 +610,7 @@ def checkerboard(n=9):
         (
             {"mask": torch.ones(1, 1, 9, 9, dtype=torch.bool).tril(), "sliding_window": 4},
             NotImplementedError,
-            "2-D padding mask",
+            "padding mask of the keys alone",
         ),
         ({"cu_seq_lens_q": torch.tensor([0, 18])}, ValueError, "together"),
         (
