@@ -40,8 +40,8 @@ CACHES = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("kind", ["none", "left"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("kind", ["none", "left", "right"])
+@pytest.mark.parametrize("name", DECODERS)
 def test_prefill_in_pieces(name, kind, cache):
     """A prefill of 5, one token, then 3 at once: Sq < Sk, with static slots unused and rolling slots dropped."""
     ids, mask = tokens(), padding(kind)
@@ -107,9 +107,9 @@ def test_packed_sequences_by_position_ids(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", DECODERS)
 def test_continuous_batching(name, monkeypatch):
-    """Requests of different lengths, packed, from a paged cache; mistral's keeps only the last window of keys."""
+    """Requests of different lengths, packed, from a paged cache; layers with windows keep only the last of the keys."""
     positions = []
     rolled = hf._rolled_positions
     monkeypatch.setattr(
@@ -125,7 +125,7 @@ def test_continuous_batching(name, monkeypatch):
     for prompt, output in zip(prompts, outputs.values()):
         expected = model(name, "eager").generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
         assert output.generated_tokens == expected[0, len(prompt) :].tolist()
-    if name == "mistral":
+    if getattr(model(name, hf.NAME).config, "sliding_window", None):
         # The last step of the longest request reads positions 23 .. 26: 20 + 8 - 1 tokens, a window of 4.
         assert max(int(p.max()) for p in positions) == 23
     else:

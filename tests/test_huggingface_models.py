@@ -1,6 +1,7 @@
 """Whole transformers models with our attention against eager attention."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -106,6 +107,65 @@ def test_vision_tower_with_several_images():
     assert_bits_equal(outputs[2], outputs[1], "the two names")
 
 
+def test_vision_tower_without_packing():
+    """Siglip: a batch of images, no mask."""
+    config = transformers.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=24, patch_size=4
+    )
+    pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(2))
+    outputs = {}
+    for implementation in ("eager", hf.NAME):
+        torch.manual_seed(0)
+        tower = transformers.SiglipVisionModel._from_config(copy.deepcopy(config), attn_implementation=implementation)
+        with torch.no_grad():
+            outputs[implementation] = tower.eval()(pixels).last_hidden_state
+    assert worst(outputs[hf.NAME], outputs["eager"]) <= TOLERANCE
+
+
+@functools.cache
+def llava(implementation):
+    """A CLIP tower in front of a Llama decoder: 9 image tokens of 12 x 12 pixels."""
+    torch.manual_seed(0)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=12,
+        patch_size=4,
+        projection_dim=32,
+    )
+    text = transformers.LlamaConfig(**decoder())
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=1, image_seq_length=9)
+    return transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation=implementation).eval()
+
+
+def llava_of_parts():
+    m = copy.deepcopy(llava("eager"))
+    m.set_attn_implementation({"vision_config": "sdpa", "text_config": hf.NAME})
+    return m
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", [hf.NAME, "parts"])
+def test_vision_language_model(implementation):
+    """Both parts, or the decoder alone; the second prompt is padded on the left."""
+    ids = torch.cat([torch.ones(2, 9, dtype=torch.long), tokens(2, 6)], 1)
+    ids = torch.cat([tokens(2, 3), ids], 1)
+    mask = torch.ones_like(ids)
+    ids[1, :3] = mask[1, :3] = 0
+    pixels = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(2))
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    m = llava_of_parts() if implementation == "parts" else llava(hf.NAME)
+    assert m.config.text_config._attn_implementation == hf.NAME
+    assert m.config.vision_config._attn_implementation == (hf.NAME if implementation == hf.NAME else "sdpa")
+    expected = llava("eager")(**inputs).logits
+    assert worst(m(**inputs).logits, expected, mask) <= TOLERANCE
+    assert worst(llava("eager")(**{**inputs, "pixel_values": -pixels}).logits, expected, mask) > 1e-2
+    arguments = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(m.generate(**inputs, **arguments), llava("eager").generate(**inputs, **arguments))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["none", "right"])
 def test_decoders_that_look_both_ways(kind):
@@ -122,16 +182,3 @@ def test_decoders_that_look_both_ways(kind):
         assert worst(out, expected, mask) <= TOLERANCE
         causal = model(name, "eager")(tokens(), attention_mask=mask, use_cache=False).logits
         assert worst(causal, expected, mask) > 1e-2, "these inputs would not notice causality"
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["none", "left"])
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_compiled_model_has_the_bits_of_the_eager_one(name, kind):
-    torch._dynamo.reset()
-    m, mask = model(name, hf.NAME), padding(kind)
-    compiled = torch.compile(m, backend="aot_eager", fullgraph=True)
-    assert_bits_equal(compiled(tokens(), attention_mask=mask).logits, m(tokens(), attention_mask=mask).logits)
-    if kind == "left":
-        with pytest.raises(RuntimeError, match="padding must be on one side"):
-            compiled(tokens(), attention_mask=padding("holes"))
