@@ -82,6 +82,10 @@ def _causal_from_the_first_key(q, k, v, options):
 
 def _rows_and_keys(mask, query, key):
     """What torch takes for a mask -> bool [B, 1, Sk] if it is the same for all rows, else bool [B, Sq, Sk]."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask must be a torch.Tensor or None, got {type(mask).__name__}")
+    if mask.device != query.device:
+        raise ValueError(f"attn_mask is on {mask.device}, query is on {query.device}: expected one device")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"attn_mask has dtype {mask.dtype}, expected bool or a floating-point dtype")
     whole = (*query.shape[:3], key.shape[2])

@@ -217,6 +217,8 @@ def causal_with_a_hole():
     [
         ({"dropout_p": 0.1}, NotImplementedError, r"dropout_p is 0\.1: flash_attn_det has no dropout"),
         ({"attn_mask": torch.ones(9, 9).bool(), "is_causal": True}, ValueError, "expected one of them"),
+        ({"attn_mask": [1]}, TypeError, "attn_mask must be a .*Tensor or None, got list"),
+        ({"attn_mask": torch.ones(9, 9, device="meta").bool()}, ValueError, "attn_mask is on meta, query is on cpu"),
         ({"attn_mask": torch.ones(9, 9, dtype=torch.int32)}, TypeError, "attn_mask has dtype torch.int32"),
         ({"attn_mask": torch.ones(B, 9).bool()}, ValueError, r"shape \[3, 9\], expected one that expands"),
         ({"attn_mask": torch.eye(9).bool()}, NotImplementedError, "not full or causal attention with padding"),
