@@ -206,7 +206,7 @@ def attn(
     leftpad_k [B] int32: rows of k and v to skip before the first key.
     k_pos [B] int32: position of the first key in its sequence, for a cache that dropped its oldest keys.
     split_size: keys per split, a positive multiple of 128; default determinism.get_split_size(), which is 512 in the
-        fma family and 2048 in mma unless it has been set. Changes bits.
+        fma family and 1024 in mma unless it has been set. Changes bits.
     arithmetic: "fma" is the portable family with the same bits on every CPU and GPU; "mma" is that of tensor cores;
         "auto" is "mma" for float16 and bfloat16 on a CUDA device and "fma" otherwise. Changes bits.
         "mma" wants rows of a multiple of 16 bytes: others are copied and padded with zeros, which no bit depends on.

@@ -1,4 +1,4 @@
-"""The names and signatures of FlashAttention 2.8, for the forms that exist here.
+"""The names and signatures of FlashAttention 2.8; compat_packed.py has the packed forms.
 
 Differences: any head dim 1 .. 256, float32 and float64 too, CPU tensors; dropout raises
 NotImplementedError; a row that sees no key has lse = -inf, where FlashAttention stores +inf; deterministic is accepted
@@ -13,7 +13,10 @@ from .kvcache import attn_with_kvcache
 
 def _refuse(dropout_p: float) -> None:
     if dropout_p != 0.0:
-        raise NotImplementedError(f"dropout_p is {dropout_p}: flash_attn_det has no dropout, expected 0")
+        raise NotImplementedError(
+            f"dropout_p is {dropout_p}: flash_attn_det has no dropout, expected 0. What a random mask drops of a row "
+            "depends on what was drawn before it, the other rows of the batch among it"
+        )
 
 
 def _results(out: Tensor, lse: Tensor, return_attn_probs: bool) -> Tensor | tuple[Tensor, Tensor, Tensor]:

@@ -43,7 +43,7 @@ _override = _Override()
 def get_split_size(family: str = "fma") -> int:
     """Keys per split of a call that is given none: those of this thread's `split_size` block, else the process's, else
     what the contract says of the family ("fma" or "mma"): 512 in fma, whose sums are one chain a split, so that their
-    error grows with it; 2048 in mma, where folds cost more than they gain.
+    error grows with it; 1024 in mma, where prefill pays for every fold and decode lives on splits.
     Raises ValueError for another family.
     """
     if family not in ("fma", "mma"):

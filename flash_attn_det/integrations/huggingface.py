@@ -9,22 +9,18 @@ sequence, which keys there are, in order, and which of them are the query rows. 
     deterministic_mask       once per forward: the mask that transformers describes -> None or a "key mask"
     deterministic_attention  in every layer: key mask, cu_seq_lens or position_ids -> attn or attn_varlen
 
-A *key mask* is a tensor [B, 1, 1, n]: which key slots hold a key. Its last n columns end with the query rows' own
-slots. bool: one sequence per batch row; int: 0 is no key, equal positive values are one packed sequence. n may exceed
-the key buffer (a rolling cache dropped the first n - Sk slots) or fall short of it (a static cache with unused slots).
-
-Keys are numbered from a sequence's first real key, whatever padding stands before it, so attention gives a sequence
-the same bits alone, padded on either side, packed, or out of a cache. Where padding is contiguous nothing is copied:
-starts and lengths go to ``attn``. A mask with holes is gathered into packed rows for ``attn_varlen``.
+A *key mask* is a tensor [B, 1, 1, n] here: which key slots hold a key, or which packed sequence's. masks.py says what
+it means, and how it is expressed. So attention gives a sequence the same bits alone, padded on either side, packed, or
+out of a cache.
 """
 
-import dataclasses
 import functools
 import types
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .. import masks
 from ..attention import attn, attn_varlen
 
 NAME = "flash_attn_det"
@@ -355,9 +351,7 @@ def deterministic_attention(
         return attn(q, k, v, **options), None
 
     plan = _plan(attention_mask, *q.shape[:2], k.shape[1], causal, windowed)
-    if plan.q_rows is None:
-        return attn(q, k[:, : plan.n_slots], v[:, : plan.n_slots], **plan.lengths, **options), None
-    return _attend_gathered(q, k, v, plan, options), None
+    return masks.attend(q, k, v, plan, options), None
 
 
 def _refuse(dropout, kwargs):
@@ -388,17 +382,6 @@ def _attend_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, k_pos, options):
     return out.view(*q.shape[:2], *out.shape[1:])
 
 
-def _attend_gathered(q, k, v, plan, options):
-    """Copy the rows in use into packed form and the results back; rows not in use give 0."""
-    flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-    rows = attn_varlen(
-        flat_q[plan.q_rows], flat_k[plan.k_rows], flat_v[plan.k_rows], plan.cu_seqlens_q, plan.cu_seqlens_k, **options
-    )
-    out = rows.new_zeros(flat_q.shape[0], *rows.shape[1:])
-    out[plan.q_rows] = rows
-    return out.view(*q.shape[:2], *out.shape[1:])
-
-
 def _packed_by_positions(q, k, position_ids):
     """A key mask if position_ids [1, S] restart, the sign by which flash models mark packed sequences; else None."""
     if position_ids is None or position_ids.ndim != 2 or torch.compiler.is_compiling():
@@ -420,27 +403,14 @@ def _rolled_positions(cu_seq_lens, position_ids):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# from a mask to per-sequence starts and lengths
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """How a mask is expressed: either keyword arguments of attn, or rows to gather for attn_varlen."""
-
-    n_slots: int = 0  # slots of the key buffer that may hold keys
-    lengths: dict = dataclasses.field(default_factory=dict)  # leftpad_k, seqused_q, seqused_k, k_pos: [B] int32
-    q_rows: torch.Tensor | None = None  # [Tq] rows of the flattened query
-    k_rows: torch.Tensor | None = None  # [Tk] rows of the flattened key buffer
-    cu_seqlens_q: torch.Tensor | None = None  # [sequences + 1] int32
-    cu_seqlens_k: torch.Tensor | None = None
+# from a mask to a plan
 
 
 def _plan(attention_mask, batch, q_length, k_length, causal, windowed):
     plans = None if torch.compiler.is_compiling() else _plans.get(attention_mask)
     key = q_length, k_length, causal, windowed
     if plans is None or key not in plans:
-        mask = _key_mask(attention_mask, q_length, causal, windowed).expand(batch, -1)
-        plan = (_plan_segments if mask.dtype == torch.int64 else _plan_padding)(mask, *key)
+        plan = masks.plan_keys(_key_mask(attention_mask, q_length, causal, windowed).expand(batch, -1), *key)
         if plans is None:
             return plan
         plans[key] = plan
@@ -452,20 +422,9 @@ def _key_mask(mask, q_length, causal, windowed):
     if mask.ndim not in (2, 4):
         raise NotImplementedError(f"{NAME}: attention_mask must have 2 or 4 dimensions, got shape {tuple(mask.shape)}")
     if mask.is_floating_point():
-        # Additive: 0 keeps a key, the most negative number (of whatever dtype the mask was made in) drops it.
-        keep, drop = mask == 0, mask <= torch.finfo(torch.float16).min
-        if not bool((keep | drop).all()):
-            raise NotImplementedError(
-                f"{NAME}: an additive attention_mask may hold only 0 and the lowest number, not other biases"
-            )
-        mask = keep
-    if mask.ndim == 2:
-        mask = mask[:, None, None, :]
-    if mask.shape[1] > 1:
-        if not bool((mask == mask[:, :1]).all()):
-            raise NotImplementedError(f"{NAME}: attention_mask must be the same for all heads")
-        mask = mask[:, :1]
-    mask = mask[:, 0]
+        # The most negative number of whatever dtype the mask was made in drops a key.
+        mask = masks.as_bool(mask, torch.finfo(torch.float16).min)
+    mask = masks.without_heads(mask[:, None, None, :] if mask.ndim == 2 else mask)
     if mask.shape[1] > 1:
         return _reduce_full_mask(mask.bool(), q_length, causal, windowed)
     mask = mask[:, 0]
@@ -473,102 +432,11 @@ def _key_mask(mask, q_length, causal, windowed):
 
 
 def _reduce_full_mask(mask, q_length, causal, windowed):
-    """[B, Sq, n] bool -> [B, n], if it is causal or full attention with padding; else NotImplementedError.
-
-    A row that sees nothing is padding and matches anything.
-    """
-    error = NotImplementedError(
-        f"{NAME}: this 4-D attention_mask is not {'causal' if causal else 'full'} attention with padding. Pass the 2-D "
-        "padding mask instead (packed sequences: position_ids or cu_seq_lens_q and cu_seq_lens_k); other patterns "
-        'need attn_implementation="sdpa".'
-    )
-    if windowed or mask.shape[1] != q_length:
-        # Keys before every row's window are invisible in the mask, yet they count for the positions of the others.
-        raise error
-    rows_seen = mask.any(2, keepdim=True)
-    keys = mask.any(1)
-    expected = keys[:, None, :]
-    if causal:
-        slot = torch.arange(mask.shape[2], device=mask.device)
-        row = torch.arange(q_length, device=mask.device)
-        last = torch.where(mask, slot, -1).amax(2)
-        # The slot of the first row: no row sees past its own slot, and some row sees its own.
-        first = int(torch.where(rows_seen[:, :, 0], last - row, -q_length).max())
-        expected = expected & (slot[None, :] <= first + row[:, None])
-        keys = keys[:, : max(first + q_length, 0)]
-    if not torch.equal(mask, expected & rows_seen):
-        raise error
-    return keys
-
-
-def _plan_padding(mask, q_length, k_length, causal, windowed):
-    """Plan for mask [B, n] bool: sequence b's keys are its True columns."""
-    n = mask.shape[1]
-    dropped = max(n - k_length, 0)
-    # One query row with nothing after it sees every key, wherever its own slot is (a static cache has more slots);
-    # full attention does not ask for the rows' slots at all, and cross-attention has none.
-    aligned = (causal or windowed) and q_length > 1
-    held = mask[:, dropped:]
-    count = held.sum(-1)
-    slot = torch.arange(held.shape[1], device=mask.device)
-    start = torch.where(held, slot, held.shape[1]).amin(-1)
-    start = torch.where(count > 0, start, 0)
-    end = torch.where(held, slot + 1, 0).amax(-1)
-    contiguous = (end - start == count).all()
-    if torch.compiler.is_compiling():
-        torch._assert_async(contiguous, f"{NAME}: under torch.compile the padding must be on one side")
-    elif not bool(contiguous):
-        return _plan_holes(mask, q_length, k_length, aligned)
-
-    lengths = {"leftpad_k": start.int(), "seqused_k": count.int()}
-    if aligned:
-        # Row i's slot is n - q_length + i. Rows past the last key are padding; those before the first see nothing.
-        lengths["seqused_q"] = (end - (held.shape[1] - q_length)).clamp(0, q_length).int()
-    if dropped:
-        lengths["k_pos"] = mask[:, :dropped].sum(-1).int()
-    return _Plan(n_slots=held.shape[1], lengths=lengths)
-
-
-def _plan_holes(mask, q_length, k_length, aligned):
-    """Plan for mask [B, n] bool with padding between the keys: the keys close ranks."""
-    batch, n = mask.shape
-    if n > k_length:
-        raise NotImplementedError(
-            f"{NAME}: attention_mask has padding between keys, and a sliding-window cache has dropped keys by counting "
-            "that padding; pad on the left"
-        )
-    rows = mask[:, n - q_length :] if aligned else mask.new_ones(batch, q_length)
-    return _Plan(
-        q_rows=_rows(rows, q_length),
-        k_rows=_rows(mask, k_length),
-        cu_seqlens_q=_cumulative(rows.sum(-1)),
-        cu_seqlens_k=_cumulative(mask.sum(-1)),
-    )
-
-
-def _plan_segments(mask, q_length, k_length, causal, windowed):
-    """Plan for mask [B, n] int64: every run of one positive number in a batch row is a sequence of its own."""
-    values = mask.unique_consecutive()
-    if values.numel() == 0 or int(values.max()) <= 1:
-        return _plan_padding(mask == 1, q_length, k_length, causal, windowed)
-    if not (mask.shape[1] == q_length == k_length):
-        raise NotImplementedError(
-            f"{NAME}: packed sequences need as many query rows as keys, got {q_length} rows, {k_length} keys and a "
-            f"mask of {mask.shape[1]}; use cu_seq_lens_q and cu_seq_lens_k with a cache"
-        )
-    used = mask > 0
-    # Segment numbers repeat in other batch rows: make them unique before counting runs.
-    row = torch.arange(mask.shape[0], device=mask.device)[:, None] * (mask.max() + 1)
-    _, counts = (mask + row)[used].unique_consecutive(return_counts=True)
-    rows, cu_seqlens = _rows(used, k_length), _cumulative(counts)
-    return _Plan(q_rows=rows, k_rows=rows, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
-
-
-def _rows(used, stride):
-    """[B, n] bool -> [T] indices of its True entries in a flattened [B, stride] buffer."""
-    b, slot = used.nonzero(as_tuple=True)
-    return b * stride + slot
-
-
-def _cumulative(counts):
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+    """[B, Sq, n] bool -> [B, n], if it is causal or full attention with padding; else NotImplementedError."""
+    found = None
+    # Keys before every row's window are invisible in the mask, yet they count for the positions of the others.
+    if mask.shape[1] == q_length and not windowed:
+        found = masks.causal_pattern(mask) if causal else masks.full_pattern(mask)
+    if found is None:
+        raise NotImplementedError(masks.NOT_EXPRESSIBLE.format("causal" if causal else "full"))
+    return found[0] if causal else found
