@@ -148,7 +148,7 @@ def _arguments(
     head_dim = q.shape[-1]
     on_tensor_cores = q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16)
     family = "mma" if arithmetic.startswith("mma") or (arithmetic == "auto" and on_tensor_cores) else "fma"
-    if on_tensor_cores and family == "mma":
+    if on_tensor_cores and arithmetic in ("auto", "mma"):
         q, k, v = map(_for_tensor_cores, (q, k, v))
     return (
         q, k, v, cu_seqlens_q, cu_seqlens_k,
