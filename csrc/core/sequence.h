@@ -38,6 +38,18 @@ FAD_FN int64_t fad_owned_rows(const int32_t *cu_seqlens, int64_t B, int64_t b, i
     return cu_seqlens && b < B ? fad_clamp(cu_seqlens[b + 1], *first, n) - *first : n - *first;
 }
 
+/* Entries of k and v: pages, sequences of a cache, or sequences of the call; packed ones are one. */
+FAD_FN int64_t fad_cache_entries(const fad_attn_problem *p) {
+    return p->block_table || p->cache_batch_idx ? p->Bk : p->cu_seqlens_k ? 1 : p->B;
+}
+
+/* The entry of k and v that sequence b reads, unless it is in pages. */
+FAD_FN int64_t fad_cache_entry(const fad_attn_problem *p, int64_t b) {
+    if (p->cache_batch_idx && b < p->B)
+        return fad_clamp(p->cache_batch_idx[b], 0, p->Bk - 1);
+    return p->cu_seqlens_k ? 0 : b;
+}
+
 FAD_FN fad_sequence fad_get_sequence(const fad_attn_problem *p, int64_t b) {
     const int packed = p->cu_seqlens_q != NULL;
     int64_t q_row, k_row, k_rows;
@@ -46,10 +58,8 @@ FAD_FN fad_sequence fad_get_sequence(const fad_attn_problem *p, int64_t b) {
     s.index = b;
     s.q_rows = fad_owned_rows(p->cu_seqlens_q, p->B, b, p->Sq, &q_row);
     k_rows = fad_owned_rows(p->cu_seqlens_k, p->B, b, p->Sk, &k_row);
-    int64_t entry = p->cu_seqlens_k ? 0 : b;
+    const int64_t entry = fad_cache_entry(p, b);
     if (b < p->B) {
-        if (p->cache_batch_idx)
-            entry = fad_clamp(p->cache_batch_idx[b], 0, p->Bk - 1);
         const int64_t pad = p->leftpad_k ? fad_clamp(p->leftpad_k[b], 0, k_rows) : 0;
         k_row += pad;
         s.span.n_q = p->seqused_q ? fad_clamp(p->seqused_q[b], 0, s.q_rows) : s.q_rows;

@@ -18,6 +18,12 @@ struct HopperKernels {
 };
 HopperKernels hopper_decode_bf16(), hopper_decode_fp16(), hopper_tile_bf16(), hopper_tile_fp16();
 
+/* Keys of a box, where `rows` are wanted: pages are cut at their borders, and rows at multiples of `rows`. */
+FAD_FN int box_rows(const fad_attn_problem &p, int rows) {
+    const int64_t aligned = p.page_size & -p.page_size;
+    return p.block_table && aligned < rows ? (int)aligned : rows;
+}
+
 /* The kernel for a call's head dims and this many rows of a sequence. */
 const HopperKernel *find_hopper_kernel(const fad_attn_problem *p, int64_t rows);
 /* K and V for the copy engine; false: it cannot address them, and the generic kernels have to serve. */

@@ -33,11 +33,11 @@ static EncodeTiled encoder() {
     return found;
 }
 
-/* Boxes of some keys by 64 dims of a view [B, Sk, Hk, dims], swizzled by their width of 128 bytes, zeros outside the
+/* Boxes of some keys by 64 dims of a view [entries, rows, Hk, dims], swizzled by their width of 128 bytes, zeros outside the
  * buffer. False where the copy engine cannot address it. */
 static bool describe(const fad_attn_problem *p, const fad_view &view, int64_t dims, int box_keys, CUtensorMap *map) {
-    const cuuint64_t sizes[4] = {(cuuint64_t)dims, (cuuint64_t)p->Sk, (cuuint64_t)p->Hk,
-                                 (cuuint64_t)(p->cu_seqlens_k ? 1 : p->B)};
+    const cuuint64_t sizes[4] = {(cuuint64_t)dims, (cuuint64_t)(p->block_table ? p->page_size : p->Sk),
+                                 (cuuint64_t)p->Hk, (cuuint64_t)fad_cache_entries(p)};
     const int64_t strides[3] = {view.stride_s, view.stride_h, view.stride_b};
     cuuint64_t bytes[3];
     const cuuint32_t box[4] = {64, (cuuint32_t)box_keys, 1, 1}, steps[4] = {1, 1, 1, 1};
@@ -56,5 +56,8 @@ static bool describe(const fad_attn_problem *p, const fad_view &view, int64_t di
 }
 
 bool describe_keys(const fad_attn_problem *p, const HopperKernel &kernel, CUtensorMap *k, CUtensorMap *v) {
-    return describe(p, p->k, p->D, kernel.box_keys, k) && describe(p, p->v, p->Dv, kernel.box_keys, v);
+    const int box = box_rows(*p, kernel.box_keys);
+    if (p->block_table && (p->leftpad_k || p->k_pos || box < 8))
+        return false; /* boxes would cross the borders of pages; or be so many that other copies are faster */
+    return describe(p, p->k, p->D, box, k) && describe(p, p->v, p->Dv, box, v);
 }

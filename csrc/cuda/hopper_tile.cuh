@@ -8,7 +8,7 @@
 #ifndef FAD_CUDA_HOPPER_TILE_CUH
 #define FAD_CUDA_HOPPER_TILE_CUH
 
-#include "hopper_kernel.cuh"
+#include "hopper_copy.cuh"
 #include "hopper_ptx.cuh"
 #include "mma_output.cuh"
 #include "mma_values.cuh"
@@ -77,37 +77,31 @@ template <class S> static __device__ void init_barriers(HopperShared<S> &sm) {
 
 /* ---- producer ---- */
 
-/* Lane 0: K and V of an item's blocks in the order of their use, each as soon as there is room for it. Rows outside the
- * buffer become zeros. */
+/* One warp: K and V of an item's blocks in the order of their use, each as soon as there is room for it. */
 template <class S>
 static __device__ __forceinline__ void copy_blocks(const fad_attn_problem &p, const HopperItem &item,
                                                    const CUtensorMap &k_map, const CUtensorMap &v_map,
                                                    HopperShared<S> &sm, Ring &ring) {
-    const fad_sequence &seq = item.t.seq;
-    const int row0 = (int)(seq.k_row + item.range.first - seq.span.k_pos), head = (int)item.t.head_k,
-              batch = p.cu_seqlens_k ? 0 : (int)seq.index, blocks = item.range.blocks;
-    const uint64_t policy = keep_as_usual(); /* other tiles of the head read the same */
-    auto copy = [&](const CUtensorMap &map, int block) {
+    /* Other tiles of the head read the same. */
+    const KeyCopier<BLOCK_KEYS, S::PIECES> copier(p, item.t, item.range, keep_as_usual());
+    copier.run(k_map, v_map, [&](auto copy_k, auto copy_v) {
+        auto next = [&](auto &copy, int block) {
 #pragma unroll
-        for (int part = 0; part < S::PARTS; part++, ring.advance(S::SLOTS)) {
-            const int i = ring.index;
-            barrier_wait(sm.empty[i], ring.round ^ 1);
-            barrier_arrive_expect(sm.full[i], S::SLOT);
-#pragma unroll
-            for (int piece = 0; piece < S::PIECES; piece++)
-                copy_box(sm.ring[i] + piece * S::BOX, map, sm.full[i], (part * S::PIECES + piece) * 64,
-                         row0 + block * BLOCK_KEYS, head, batch, policy);
-        }
-    };
-    if (S::OVERLAP && blocks > 0)
-        copy(k_map, 0);
+            for (int part = 0; part < S::PARTS; part++, ring.advance(S::SLOTS)) {
+                const int i = ring.index;
+                copy(block * BLOCK_KEYS, part * S::PIECES * 64, sm.ring[i], sm.empty[i], ring.round ^ 1, sm.full[i]);
+            }
+        };
+        const int blocks = item.range.blocks;
+        if (S::OVERLAP && blocks > 0)
+            next(copy_k, 0);
 #pragma unroll 1
-    for (int block = 0; block < blocks; block++) {
-        const int next = block + S::OVERLAP;
-        if (next < blocks)
-            copy(k_map, next);
-        copy(v_map, block);
-    }
+        for (int block = 0; block < blocks; block++) {
+            if (block + S::OVERLAP < blocks)
+                next(copy_k, block + S::OVERLAP);
+            next(copy_v, block);
+        }
+    });
 }
 
 /* Finds items, always one ahead, so that it costs the consumers no time. The last one does not exist. */
@@ -137,15 +131,11 @@ static __device__ __forceinline__ void produce_keys(const fad_attn_problem &p, c
     for (Ring slot;; slot.advance(ITEMS)) {
         const HopperItem &item = sm.items[slot.index];
         barrier_wait(sm.item_full[slot.index], slot.round);
-        const bool exists = item.exists;
-        __syncwarp(); /* all lanes have read it */
-        if (!exists)
+        if (!item.exists)
             return;
-        if (threadIdx.x % 32 == 0) {
-            copy_blocks<S>(p, item, k_map, v_map, sm, ring);
+        copy_blocks<S>(p, item, k_map, v_map, sm, ring); /* then all lanes have read the item */
+        if (threadIdx.x % 32 == 0)
             barrier_arrive(sm.item_empty[slot.index]);
-        }
-        __syncwarp();
     }
 }
 

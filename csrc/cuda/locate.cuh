@@ -57,10 +57,10 @@ template <class PerSequence> __device__ int find_sequence(int count, int64_t &nu
     return -1;
 }
 
-/* Tile number `number`, by a whole warp. */
-static __device__ Tile locate_tile(const fad_attn_problem &p, int rows, int64_t number) {
+/* Tile number `number`, by a whole warp, into shared memory, where its parts go as soon as they are known: registers are
+ * scarce where this happens. Returns whether it exists. */
+static __device__ bool locate_tile(const fad_attn_problem &p, int rows, int64_t number, Tile &t) {
     const int64_t group = fad_group(&p);
-    Tile t = {};
     int b;
     int64_t per_head;
     if (!p.cu_seqlens_q) {
@@ -68,37 +68,37 @@ static __device__ Tile locate_tile(const fad_attn_problem &p, int rows, int64_t 
         b = (int)fad_quotient(number, per_head * p.Hk);
         number -= b * per_head * p.Hk;
         if (b >= p.B)
-            return t;
+            b = -1;
     } else {
         auto tiles = [&](int s) {
             int64_t first;
             return p.Hk * ((fad_owned_rows(p.cu_seqlens_q, p.B, s, p.Sq, &first) * group + rows - 1) / rows);
         };
         b = find_sequence((int)fad_sequence_count(&p), number, tiles);
-        if (b < 0)
-            return t;
-        per_head = fad_quotient(tiles(b), p.Hk);
+        per_head = b < 0 ? 1 : fad_quotient(tiles(b), p.Hk);
     }
-    t.seq = fad_get_sequence(&p, b);
-    t.head_k = fad_quotient(number, per_head);
-    /* last rows first: under a causal mask they are the longest */
-    const int64_t row0 = (per_head - 1 - (number - t.head_k * per_head)) * rows;
-    t.i0 = fad_quotient(row0, group);
-    t.g0 = (unsigned)(row0 - t.i0 * group);
-    t.group = (unsigned)group;
-    t.n_rows = (int)min((int64_t)rows, t.seq.q_rows * group - row0);
-    t.n_active = (int)fad_clamp(t.seq.span.n_q * group - row0, 0, t.n_rows);
-    t.exists = true;
-    return t;
+    if (threadIdx.x % 32 == 0) {
+        t.exists = b >= 0;
+        if (b >= 0) {
+            const int64_t head_k = fad_quotient(number, per_head);
+            /* last rows first: under a causal mask they are the longest */
+            const int64_t row0 = (per_head - 1 - (number - head_k * per_head)) * rows, i0 = fad_quotient(row0, group);
+            t.head_k = head_k;
+            t.i0 = i0;
+            t.g0 = (unsigned)(row0 - i0 * group);
+            t.group = (unsigned)group;
+            t.seq = fad_get_sequence(&p, b);
+            t.n_rows = (int)min((int64_t)rows, t.seq.q_rows * group - row0);
+            t.n_active = (int)fad_clamp(t.seq.span.n_q * group - row0, 0, t.n_rows);
+        }
+    }
+    return b >= 0;
 }
 
-/* The same for a whole thread block, into shared memory. Returns whether it exists. */
+/* The same for a whole thread block. */
 static __device__ bool share_tile(const fad_attn_problem &p, int rows, int64_t number, Tile &shared) {
-    if (threadIdx.x < 32) {
-        const Tile t = locate_tile(p, rows, number);
-        if (threadIdx.x == 0)
-            shared = t;
-    }
+    if (threadIdx.x < 32)
+        locate_tile(p, rows, number, shared);
     __syncthreads(); /* the tile may be read */
     return shared.exists;
 }

@@ -56,8 +56,7 @@ static __device__ __forceinline__ void mma_decode(const fad_attn_problem &p, con
         return;
     MmaDecodeProducer<S> producer = {p, sm, {}};
     if constexpr (S::ENGINE) {
-        if (threadIdx.x % 32 == 0)
-            producer.copy_by_engine(*k_map, *v_map);
+        producer.copy_by_engine(*k_map, *v_map);
     } else {
         producer.copy_by_warp();
     }

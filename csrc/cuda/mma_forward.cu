@@ -41,8 +41,8 @@ static void choose_hopper(const fad_attn_problem *p, Plan *plan) {
     plan->hopper = nullptr;
 #ifdef FAD_HOPPER
     const fad_schedule *forced = fad_core->forced_schedule();
-    if (plan->device.compute != 90 || forced->kernel == 1 || p->block_table || p->cache_batch_idx)
-        return; /* the copy engine is told of entry b for sequence b */
+    if (plan->device.compute != 90 || forced->kernel == 1)
+        return;
     plan->hopper = find_hopper_kernel(p, forced->tile_rows ? forced->tile_rows : typical_rows(p));
     if (!describe_keys(p, *plan->hopper, &plan->k_map, &plan->v_map))
         plan->hopper = nullptr;
@@ -108,8 +108,7 @@ static fad_status check_lengths(const fad_attn_problem *p) {
 
 static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
     TRY(check_lengths(p));
-    const int64_t entries = p->block_table || p->cache_batch_idx ? p->Bk : p->cu_seqlens_k ? 1 : p->B;
-    const int64_t rows = p->block_table ? p->page_size : p->Sk;
+    const int64_t entries = fad_cache_entries(p), rows = p->block_table ? p->page_size : p->Sk;
     TRY(check_rows("q", p->q, p->cu_seqlens_q ? 1 : p->B, p->Sq, p->Hq, p->D));
     TRY(check_rows("k", p->k, entries, rows, p->Hk, p->D));
     TRY(check_rows("v", p->v, entries, rows, p->Hk, p->Dv));

@@ -55,9 +55,9 @@ struct KeyRange {
 /* More than any sequence has: positions are below 2^33. */
 constexpr int64_t MOST_SPLITS = INT64_C(1) << 27;
 
-/* What some row of the tile sees: of all splits, or of those from .. to - 1, counted from the sequence's first. */
-static __device__ KeyRange key_range(const fad_attn_problem &p, const Tile &t, int64_t from, int64_t to) {
-    KeyRange range = {};
+/* To range, in shared memory: what some row of the tile sees: of all splits, or of those from .. to - 1, counted from the sequence's first. */
+static __device__ void set_key_range(const fad_attn_problem &p, const Tile &t, int64_t from, int64_t to,
+                                     KeyRange &range) {
     const int64_t first_split = fad_partition_first(t.seq.span.k_pos, p.split_size);
     range.from = range.split = from;
     range.to = to;
@@ -71,8 +71,9 @@ static __device__ KeyRange key_range(const fad_attn_problem &p, const Tile &t, i
     seen.lo = max(seen.lo, (first_split + from) * p.split_size);
     if (to < MOST_SPLITS) /* else the product could overflow */
         seen.hi = min(seen.hi, (first_split + to) * p.split_size);
+    range.first = range.blocks = 0;
     if (seen.hi <= seen.lo)
-        return range;
+        return;
     range.first = seen.lo / FAD_MMA_BLOCK_KV * FAD_MMA_BLOCK_KV;
     range.lo = (int)(seen.lo - range.first);
     range.hi = (int)(seen.hi - range.first);
@@ -84,22 +85,19 @@ static __device__ KeyRange key_range(const fad_attn_problem &p, const Tile &t, i
     const int64_t split = fad_partition_first(seen.lo, p.split_size);
     range.split = split - first_split;
     range.to_split_end = (int)min((split + 1) * split_blocks - range.first / FAD_MMA_BLOCK_KV, (int64_t)INT32_MAX);
-    return range;
 }
 
 /* Which tile and keys an item is, into shared memory, by one warp; false if there is nothing in it. */
 static __device__ bool find_item(const fad_attn_problem &p, const Work &work, int rows, int64_t number, Tile &shared,
                                  KeyRange &range) {
     const int64_t nth = fad_quotient(number, work.n_tiles); /* run of splits */
-    const Tile t = locate_tile(p, rows, number - nth * work.n_tiles);
-    if (threadIdx.x % 32 == 0) {
+    const bool exists = locate_tile(p, rows, number - nth * work.n_tiles, shared);
+    if (exists && threadIdx.x % 32 == 0) {
         const int64_t from = nth * work.item_splits;
-        shared = t;
-        if (t.exists)
-            range = key_range(p, t, from,
-                              work.partials.o ? min(from + work.item_splits, work.partials.n_splits) : MOST_SPLITS);
+        set_key_range(p, shared, from,
+                      work.partials.o ? min(from + work.item_splits, work.partials.n_splits) : MOST_SPLITS, range);
     }
-    return t.exists;
+    return exists;
 }
 
 /* The same for a whole thread block. */
