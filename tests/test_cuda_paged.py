@@ -34,7 +34,7 @@ SPLIT = 2 * fad.contract()["MMA_BLOCK_KV"]
 PAGE_SIZES = (1, 3, 8, 16, 64, 256)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-# A schedule that asks for Hopper's kernels gets the generic ones, which alone can read pages.
+# Hopper's kernels read pages of eight rows and more; for others a schedule that asks for them gets the generic ones.
 SCHEDULES = {
     f"{kernel} {rows or 'auto'} {'spilled' if split_parallel else 'folded'}": {
         "kernel": kernel,

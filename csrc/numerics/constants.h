@@ -3,7 +3,7 @@
 #define FAD_NUMERICS_CONSTANTS_H
 
 #define FAD_CONSTANTS(X)                                                                                               \
-    X(CONTRACT_VERSION, 0)          /* 0: a draft whose bits may still change */                                       \
+    X(CONTRACT_VERSION, 1)          /* other bits need another version */                                              \
     X(BLOCK_KV, 64)                 /* keys per block of the fma family (N3) */                                        \
     X(MMA_BLOCK_KV, 128)            /* of the mma family; a split is a multiple of it in both */                       \
     X(DEFAULT_SPLIT_SIZE, 512)      /* keys per split (N3) unless the user says otherwise */                           \
