@@ -1,8 +1,10 @@
-/* The generic tile kernel of the mma family: mma.sync and cp.async, for compute capability 8.0 and above.
+/* The generic tile kernel of the mma family: mma.sync and cp.async, for compute
+ * capability 8.0 and above.
  *
- * A thread block takes a tile of ROWS packed query rows; each of its warps owns MT times 16 of them and walks the blocks
- * of keys that some row sees. K and V have one buffer each: while the scores are computed V is on its way, and K of
- * the next block during softmax and values. */
+ * A thread block takes a tile of ROWS packed query rows; each of its warps owns
+ * 16 of them and walks the blocks of keys that some row sees. K and V have one
+ * buffer each: while the scores are computed V is on its way, and K of the next
+ * block during softmax and values. */
 #ifndef FAD_CUDA_MMA_TILE_CUH
 #define FAD_CUDA_MMA_TILE_CUH
 
@@ -11,14 +13,13 @@
 #include "mma_values.cuh"
 #include "work.cuh"
 
-template <fad_dtype T_, int D_, int WARPS_, int MT_, int RESIDENT_> struct MmaTileShape {
+template <fad_dtype T_, int D_, int WARPS_, int RESIDENT_> struct MmaTileShape {
     static constexpr fad_dtype T = T_;
     static constexpr int D = D_; /* of q, k and v, zero-padded */
-    static constexpr int WARPS = WARPS_, MT = MT_, RESIDENT = RESIDENT_;
-    static constexpr int THREADS = WARPS * 32, ROWS = WARPS * MT * 16;
+    static constexpr int WARPS = WARPS_, RESIDENT = RESIDENT_;
+    static constexpr int THREADS = WARPS * 32, ROWS = WARPS * 16;
     static constexpr int CHUNKS = D / 8; /* of 16 bytes, in a row */
     static constexpr int N = D / 8;      /* n8 tiles of O */
-    static constexpr int REST = MT * N;  /* float4 per thread that hold a running O */
 };
 
 template <class S> struct MmaTileShared {
@@ -31,88 +32,72 @@ template <class S> struct MmaTileShared {
     int64_t number;
 };
 
-/* The part of a warp: 16 * MT rows, from row `first` of the tile. */
+/* The part of a warp: 16 rows, from row `first` of the tile. */
 template <class S> struct MmaWarp {
     const fad_attn_problem &p;
     MmaTileShared<S> &sm;
     const ScoreRule rule;
     const int first;
-    References references[S::MT];
-    float l[S::MT][2]; /* this lane's l_t of rows g and g + 8 */
-    float o[S::MT][S::N][4];
+    References references;
+    float l[2]; /* this lane's l_t of rows g and g + 8 */
+    float o[S::N][4];
 
     __device__ MmaWarp(const fad_attn_problem &problem, MmaTileShared<S> &shared)
-        : p(problem), sm(shared), rule(problem), first(threadIdx.x / 32 * S::MT * 16) {}
+        : p(problem), sm(shared), rule(problem), first(threadIdx.x / 32 * 16) {}
 
     __device__ __forceinline__ void clear() {
+        references.clear();
+        l[0] = l[1] = 0;
 #pragma unroll
-        for (int mt = 0; mt < S::MT; mt++) {
-            references[mt].clear();
-            l[mt][0] = l[mt][1] = 0;
+        for (int n = 0; n < S::N; n++)
 #pragma unroll
-            for (int n = 0; n < S::N; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    o[mt][n][e] = 0;
-        }
+            for (int e = 0; e < 4; e++)
+                o[n][e] = 0;
     }
 
     /* N7: S = Q K^T, chains of steps over d. */
-    __device__ __forceinline__ void scores(ScoreTile (&s)[S::MT]) const {
+    __device__ __forceinline__ void scores(ScoreTile &s) const {
 #pragma unroll
-        for (int mt = 0; mt < S::MT; mt++)
+        for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
-            for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    s[mt][n][e] = 0;
+            for (int e = 0; e < 4; e++)
+                s[n][e] = 0;
 #pragma unroll
         for (int k = 0; k < S::D / 16; k++) {
-            unsigned a[S::MT][4];
-#pragma unroll
-            for (int mt = 0; mt < S::MT; mt++)
-                load_fragment<S::CHUNKS>(a[mt], sm.q, first + 16 * mt, k);
+            unsigned a[4];
+            load_fragment<S::CHUNKS>(a, sm.q, first, k);
 #pragma unroll
             for (int n = 0; n < KEY_TILES / 2; n++) {
                 unsigned b[4];
                 load_key_fragment<S::CHUNKS>(b, sm.k, 16 * n, k);
-#pragma unroll
-                for (int mt = 0; mt < S::MT; mt++) {
-                    mma_step<S::T>(s[mt][2 * n], a[mt], b[0], b[1]);
-                    mma_step<S::T>(s[mt][2 * n + 1], a[mt], b[2], b[3]);
-                }
+                mma_step<S::T>(s[2 * n], a, b[0], b[1]);
+                mma_step<S::T>(s[2 * n + 1], a, b[2], b[3]);
             }
         }
     }
 
-    /* N4 to N7: from scores to the a operands of the values step; O and l meet the references' move. */
-    __device__ __forceinline__ void softmax(ScoreTile (&s)[S::MT], int block, bool partial,
-                                            ProbabilityFragments (&a)[S::MT]) {
+    /* N4 to N7: from scores to the a operands of the values step; O and l meet
+   * the references' move. */
+    __device__ __forceinline__ void softmax(ScoreTile &s, int block, bool partial, ProbabilityFragments &a) {
+        float x_max[2], alpha[2];
+        if (!rule.plain)
+            sm.rows.apply_options(s, rule, first, block);
+        if (partial)
+            sm.rows.mask(s, first, block);
+        row_maxima(s, x_max);
+        if (references.advance(x_max, rule.c, alpha))
+            rescale(o, alpha);
+        references.apply(s, rule.c, [](int) {});
+        round_probabilities<S::T>(a, s);
 #pragma unroll
-        for (int mt = 0; mt < S::MT; mt++) {
-            float x_max[2], alpha[2];
-            if (!rule.plain)
-                sm.rows.apply_options(s[mt], rule, first + 16 * mt, block);
-            if (partial)
-                sm.rows.mask(s[mt], first + 16 * mt, block);
-            row_maxima(s[mt], x_max);
-            if (references[mt].advance(x_max, rule.c, alpha))
-                rescale(o[mt], alpha);
-            references[mt].apply(s[mt], rule.c, [](int) {});
-            round_probabilities<S::T>(a[mt], s[mt]);
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                l[mt][half] = fad_f32_add(fad_f32_mul(l[mt][half], alpha[half]), lane_sum<S::T>(a[mt], half));
-        }
+        for (int half = 0; half < 2; half++)
+            l[half] = fad_f32_add(fad_f32_mul(l[half], alpha[half]), lane_sum<S::T>(a, half));
     }
 
     /* N7: O += P V, chains of steps over keys. */
-    __device__ __forceinline__ void values(const ProbabilityFragments (&a)[S::MT], int block, bool partial) {
+    __device__ __forceinline__ void values(const ProbabilityFragments &a, int block, bool partial) {
         if (partial && values_not_finite<S::T, S::CHUNKS>(sm.v)) {
-#pragma unroll
-            for (int mt = 0; mt < S::MT; mt++)
-                add_values_guarded<S::T, S::CHUNKS>(o[mt], a[mt], sm.v,
-                                                    [&](int r) { return sm.rows.seen(first + 16 * mt + r, block); });
+            add_values_guarded<S::T, S::CHUNKS>(o, a, sm.v, [&](int r) { return sm.rows.seen(first + r, block); });
             return;
         }
 #pragma unroll
@@ -121,55 +106,38 @@ template <class S> struct MmaWarp {
             for (int n = 0; n < S::N / 2; n++) {
                 unsigned b[4];
                 load_value_fragment<S::CHUNKS>(b, sm.v, 16 * k, n);
-#pragma unroll
-                for (int mt = 0; mt < S::MT; mt++) {
-                    mma_step<S::T>(o[mt][2 * n], a[mt][k], b[0], b[1]);
-                    mma_step<S::T>(o[mt][2 * n + 1], a[mt][k], b[2], b[3]);
-                }
+                mma_step<S::T>(o[2 * n], a[k], b[0], b[1]);
+                mma_step<S::T>(o[2 * n + 1], a[k], b[2], b[3]);
             }
     }
 
-    /* The end of a split: o and the shared totals become those of all splits so far. rest: where the O of the splits
-     * before rests, if there are any. */
+    /* The end of a split: o and the shared totals become those of all splits so
+   * far. rest: where the O of the splits before rests, if there are any. */
     __device__ __forceinline__ void close_split(bool fold, const float4 *rest) {
-        const int lane = threadIdx.x % 32;
+        const int lane = threadIdx.x % 32, r = first + lane / 4;
+        RowPair part;
 #pragma unroll
-        for (int mt = 0; mt < S::MT; mt++) {
-            const int r = first + 16 * mt + lane / 4;
-            RowPair part;
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                part.m[half] = references[mt].reference(half);
-                part.l[half] = sum_lanes(l[mt][half]);
-            }
-            if (fold)
-                fold_into(total(mt), [&](int n) { return rest[(mt * S::N + n) * S::THREADS]; }, part, o[mt]);
-            __syncwarp(); /* totals may be overwritten */
-            if (lane % 4 == 0) {
-                sm.total_m[r] = part.m[0], sm.total_m[r + 8] = part.m[1];
-                sm.total_l[r] = part.l[0], sm.total_l[r + 8] = part.l[1];
-            }
-            __syncwarp(); /* totals may be read */
+        for (int half = 0; half < 2; half++) {
+            part.m[half] = references.reference(half);
+            part.l[half] = sum_lanes(l[half]);
         }
+        if (fold)
+            fold_into(total(), [&](int n) { return rest[n * S::THREADS]; }, part, o);
+        __syncwarp(); /* totals may be overwritten */
+        if (lane % 4 == 0) {
+            sm.total_m[r] = part.m[0], sm.total_m[r + 8] = part.m[1];
+            sm.total_l[r] = part.l[0], sm.total_l[r + 8] = part.l[1];
+        }
+        __syncwarp(); /* totals may be read */
     }
-    __device__ __forceinline__ RowPair total(int mt) const {
-        const int r = first + 16 * mt + threadIdx.x % 32 / 4;
+    __device__ __forceinline__ RowPair total() const {
+        const int r = first + threadIdx.x % 32 / 4;
         return {{sm.total_m[r], sm.total_m[r + 8]}, {sm.total_l[r], sm.total_l[r + 8]}};
-    }
-    __device__ __forceinline__ void spill(const fad_partials &partials, int64_t split) const {
-#pragma unroll
-        for (int mt = 0; mt < S::MT; mt++)
-            spill_rows(p, sm.t, partials, split, first + 16 * mt, total(mt), o[mt], 0, true);
-    }
-    __device__ __forceinline__ void rest_all(float4 *rest) const {
-#pragma unroll
-        for (int mt = 0; mt < S::MT; mt++)
-            rest_state(rest + mt * S::N * S::THREADS, S::THREADS, o[mt]);
     }
 };
 
-/* Every block of the range: scores, softmax, values; splits are folded as they end, or spilled. Returns
- * how many they were. */
+/* Every block of the range: scores, softmax, values; splits are folded as they
+ * end, or spilled. Returns how many they were. */
 template <class S>
 static __device__ __forceinline__ int mma_tile_blocks(const fad_attn_problem &p, const fad_partials &partials,
                                                       MmaWarp<S> &warp, float4 *rest) {
@@ -186,8 +154,8 @@ static __device__ __forceinline__ int mma_tile_blocks(const fad_attn_problem &p,
     load(keys, sm.k, 0);
     for (int block = 0; block < range.blocks; block++) {
         const bool partial = range.partial(block), last = block + 1 == range.blocks;
-        ScoreTile s[S::MT];
-        ProbabilityFragments a[S::MT];
+        ScoreTile s;
+        ProbabilityFragments a;
         cp_async_wait<0>();
         __syncthreads(); /* k may be read, v overwritten */
         load(values, sm.v, block);
@@ -201,11 +169,11 @@ static __device__ __forceinline__ int mma_tile_blocks(const fad_attn_problem &p,
         if (--to_split_end == 0 || last) {
             warp.close_split(resting && !partials.o, rest);
             if (partials.o)
-                warp.spill(partials, range.split + splits);
+                spill_rows(p, sm.t, partials, range.split + splits, warp.first, warp.total(), warp.o, 0, true);
             splits++;
             if (!last) {
                 if (!partials.o)
-                    warp.rest_all(rest);
+                    rest_state(rest, S::THREADS, warp.o);
                 warp.clear();
                 resting = true;
                 to_split_end = range.split_blocks;
@@ -215,7 +183,8 @@ static __device__ __forceinline__ int mma_tile_blocks(const fad_attn_problem &p,
     return splits;
 }
 
-/* One item of work: every split of a tile folded as it comes, or a run of splits as partial states. */
+/* One item of work: every split of a tile folded as it comes, or a run of
+ * splits as partial states. */
 template <class S>
 static __device__ __forceinline__ void mma_tile_item(const fad_attn_problem &p, const Work &work,
                                                      MmaTileShared<S> &sm) {
@@ -229,7 +198,7 @@ static __device__ __forceinline__ void mma_tile_item(const fad_attn_problem &p, 
     int splits = 0;
     if (range.blocks > 0)
         splits = mma_tile_blocks(p, work.partials, warp,
-                                 (float4 *)work.rest + (int64_t)blockIdx.x * S::REST * S::THREADS + threadIdx.x);
+                                 (float4 *)work.rest + (int64_t)blockIdx.x * S::N * S::THREADS + threadIdx.x);
     cp_async_wait<0>(); /* q is on its way where there is no block */
     __syncthreads();    /* totals may be read, q overwritten */
     if (work.partials.o) {
@@ -237,9 +206,7 @@ static __device__ __forceinline__ void mma_tile_item(const fad_attn_problem &p, 
         spill_empty(p, sm.t, work.partials, range.split + splits, range.to, threadIdx.x, S::THREADS);
         return;
     }
-#pragma unroll
-    for (int mt = 0; mt < S::MT; mt++)
-        finish_rows<S::T, S::CHUNKS>(p, sm.t, warp.first + 16 * mt, warp.total(mt), warp.o[mt], sm.q, 0, true);
+    finish_rows<S::T, S::CHUNKS>(p, sm.t, warp.first, warp.total(), warp.o, sm.q, 0, true);
     __syncthreads(); /* out is staged */
     store_staged<S::ROWS, S::CHUNKS, S::THREADS>(p, sm.t, sm.q, threadIdx.x);
 }
@@ -256,7 +223,7 @@ __global__ void __launch_bounds__(S::THREADS, S::RESIDENT)
 }
 
 template <class S> static MmaKernel mma_tile_of() {
-    return {S::ROWS,           S::D, S::THREADS, true, sizeof(MmaTileShared<S>), S::REST * S::THREADS * sizeof(float4),
+    return {S::ROWS,           S::D, S::THREADS, true, sizeof(MmaTileShared<S>), S::N * S::THREADS * sizeof(float4),
             mma_tile_kernel<S>};
 }
 

@@ -2,9 +2,9 @@
 
 MmaKernels mma_tile_fp16() {
     static const MmaKernel kernels[] = {
-        mma_tile_of<MmaTileShape<FAD_FLOAT16, 64, 4, 1, 3>>(),  mma_tile_of<MmaTileShape<FAD_FLOAT16, 128, 4, 1, 2>>(),
-        mma_tile_of<MmaTileShape<FAD_FLOAT16, 256, 4, 1, 2>>(), mma_tile_of<MmaTileShape<FAD_FLOAT16, 64, 8, 1, 1>>(),
-        mma_tile_of<MmaTileShape<FAD_FLOAT16, 128, 8, 1, 1>>(), mma_tile_of<MmaTileShape<FAD_FLOAT16, 256, 8, 1, 1>>(),
+        mma_tile_of<MmaTileShape<FAD_FLOAT16, 64, 4, 3>>(),  mma_tile_of<MmaTileShape<FAD_FLOAT16, 128, 4, 2>>(),
+        mma_tile_of<MmaTileShape<FAD_FLOAT16, 256, 4, 2>>(), mma_tile_of<MmaTileShape<FAD_FLOAT16, 64, 8, 1>>(),
+        mma_tile_of<MmaTileShape<FAD_FLOAT16, 128, 8, 1>>(), mma_tile_of<MmaTileShape<FAD_FLOAT16, 256, 8, 1>>(),
     };
     return list_kernels(kernels);
 }
