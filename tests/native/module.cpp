@@ -90,7 +90,7 @@ py::tuple attention(const py::array &q, const py::array &k, const py::array &v, 
     p.out = {out.mutable_data(), p.Sq * p.Hq * p.Dv, p.Hq * p.Dv, p.Dv};
     p.lse = {lse.mutable_data(), p.Hq * p.Sq, 1, p.Sq};
 
-    const fad_schedule schedule = {isa ? isa->c_str() : nullptr, layout, tile_rows, split_parallel, 0, 0};
+    const fad_schedule schedule = {isa ? isa->c_str() : nullptr, layout, tile_rows, split_parallel, 0};
     require_ok(fad_force_schedule(&schedule));
     struct Automatic {
         ~Automatic() { fad_force_schedule(nullptr); }
