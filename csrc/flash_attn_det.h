@@ -122,6 +122,14 @@ typedef struct fad_partials {
     int64_t n_splits;
 } fad_partials;
 
+/* What fad_attn_backward reads and writes beside a problem, whose out and lse are inputs there (clauses N13, N14). */
+typedef struct fad_attn_gradients {
+    fad_view dout;       /* gradient of out: its shape and dtype */
+    fad_view dlse;       /* gradient of lse: its shape and dtype; null: zero */
+    fad_view dq, dk, dv; /* written: shapes and dtype of q, k, v. Rows out of use become 0 */
+    void *d_sinks;       /* written: [Hq] compute type; null: not wanted */
+} fad_attn_gradients;
+
 /* Rotary embedding (clause N12) of the first `dim` values of a row, by row `position` of two tables. */
 typedef struct fad_rotary {
     const void *cos, *sin; /* [n_positions, dim / 2], contiguous; null: no rotation */
@@ -171,6 +179,13 @@ FAD_API fad_status fad_attn_check(const fad_attn_problem *problem);
 FAD_API fad_status fad_attn_workspace(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes);
 FAD_API fad_status fad_attn_forward(const fad_attn_problem *problem, const fad_runtime *runtime);
 
+/* The backward of a forward that left out and lse. CPU and fma family only; caches (block_table, cache_batch_idx) have
+ * none. Slopes get no gradient. The workspace is of the order of B * Hq * Sq elements of the compute type, and tiles for
+ * each thread: packed rows and keys, and sums of dq for the rows of a tile, at most 4 MiB where that saves work. */
+FAD_API fad_status fad_attn_backward_workspace(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes);
+FAD_API fad_status fad_attn_backward(const fad_attn_problem *problem, const fad_attn_gradients *gradients,
+                                     const fad_runtime *runtime);
+
 /* The split-KV form that a user can see. Dense problems with k_pos == null only. out and lse are ignored.
  * count = ceil(Sk / split_size), and one more with sinks; needs the same workspace as a forward. */
 FAD_API fad_status fad_attn_partials_count(const fad_attn_problem *problem, int64_t *count);
@@ -201,8 +216,9 @@ FAD_API fad_status fad_cpu_fma_flops(int64_t iterations, double *flops);
 typedef struct fad_schedule {
     const char *isa;        /* a name from fad_cpu_isa(), fp64 ignores it; null: best. Must outlive the setting */
     int32_t layout;         /* CPU. 0: auto, 1: a lane is a query row ("rows"), 2: a lane is a key ("keys") */
-    int32_t tile_rows;      /* 0: auto; query rows of one work item, 1 .. 256 */
-    int32_t split_parallel; /* 0: auto, 1: never (splits folded in place), 2: always (partials in the workspace) */
+    int32_t tile_rows;      /* 0: auto; query rows of one work item, 1 .. 256. Backward: in whole blocks */
+    int32_t split_parallel; /* 0: auto, 1: never (splits folded in place), 2: always (partials in the workspace).
+                               Backward: 1: all gradients in one pass over the keys, 2: dk and dv, then dq */
     int32_t kernel;         /* CUDA, mma family. 0: auto, 1: generic, 2: Hopper's, and generic where it cannot run */
 } fad_schedule;
 FAD_API fad_status fad_force_schedule(const fad_schedule *schedule); /* null: back to automatic */

@@ -21,12 +21,13 @@ _LAYOUTS = {3: "[rows, heads, head_dim]", 4: "[batch, rows, heads, head_dim]"}
 _ARITHMETIC = {"auto": 0, "fma": 1, "mma": 2, "mma_sm90": 3, "mma_sm80": 4}
 
 
-def _check_tensor(name: str, t: Tensor) -> None:
+def _check_tensor(name: str, t: Tensor, has_gradient: bool = False) -> None:
+    """has_gradient: whether the call has a backward that reaches this tensor."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if t.layout != torch.strided:
         raise TypeError(f"{name} has layout {t.layout}, expected torch.strided")
-    if t.requires_grad and torch.is_grad_enabled():
+    if not has_gradient and t.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(ops.NO_BACKWARD.format(name))
 
 
@@ -35,9 +36,9 @@ def _check_same_device(name: str, t: Tensor, q: Tensor, first: str = "q") -> Non
         raise ValueError(f"{name} is on {t.device}, {first} is on {q.device}: expected one device")
 
 
-def _rows(name: str, t: Tensor, q: Tensor, rank: int, first: str = "q") -> Tensor:
+def _rows(name: str, t: Tensor, q: Tensor, rank: int, first: str = "q", has_gradient: bool = False) -> Tensor:
     """q, k or v, with a contiguous last dimension. first: the name of the tensor that it is compared with."""
-    _check_tensor(name, t)
+    _check_tensor(name, t, has_gradient)
     if t.dtype not in _DTYPES:
         raise TypeError(f"{name} has dtype {t.dtype}, expected float32, float16, bfloat16 or float64")
     if t.dtype != q.dtype:
@@ -76,11 +77,13 @@ def _pages(t: Tensor | None, q: Tensor, absent: Tensor, first: str = "q") -> Ten
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _per_head(name: str, t: Tensor | None, q: Tensor, absent: Tensor, max_rank: int) -> Tensor:
+def _per_head(
+    name: str, t: Tensor | None, q: Tensor, absent: Tensor, max_rank: int, has_gradient: bool = False
+) -> Tensor:
     """A floating-point tensor in the compute dtype, or the empty one that stands for None."""
     if t is None:
         return absent
-    _check_tensor(name, t)
+    _check_tensor(name, t, has_gradient)
     if not t.dtype.is_floating_point:
         raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
     _check_same_device(name, t, q)
@@ -123,14 +126,24 @@ def _unpadded(values: Tensor, v: Tensor) -> Tensor:
 def _arguments(
     q, k, v, *, causal, scale, window, softcap, alibi_slopes, sinks, split_size, arithmetic,
     cu_seqlens=None, seqused_q=None, seqused_k=None, leftpad_k=None, k_pos=None, cache_batch_idx=None, block_table=None,
+    differentiable=False,
 ) -> tuple:  # fmt: skip
-    """The arguments of the ops, in their order."""
-    _check_tensor("q", q)
+    """The arguments of the ops, in their order. differentiable: of an op that has a backward, on some devices."""
+    _check_tensor("q", q, has_gradient=True)  # again below: the device decides
     if q.device.type not in ops.DEVICES:
         raise NotImplementedError(f"q is on {q.device}: flash_attn_det has kernels for cpu and cuda")
     rank = 4 if cu_seqlens is None else 3
-    q = _rows("q", q, q, rank)
-    k, v = (_rows(name, t, q, rank if block_table is None else 4) for name, t in (("k", k), ("v", v)))
+    has_gradient = (
+        differentiable and q.device.type != "cuda" and arithmetic in ("auto", "fma")
+        and block_table is None and cache_batch_idx is None
+    )  # fmt: skip
+    q = _rows("q", q, q, rank, has_gradient=has_gradient)
+    k, v = (
+        _rows(name, t, q, rank if block_table is None else 4, has_gradient=has_gradient)
+        for name, t in (("k", k), ("v", v))
+    )
+    if has_gradient and alibi_slopes is not None and torch.is_grad_enabled() and alibi_slopes.requires_grad:
+        raise NotImplementedError(ops.NO_SLOPE_GRADIENT)
     no_lengths = torch.empty(0, dtype=torch.int32, device=q.device)
     per_head = torch.empty(0, dtype=ops.compute_dtype(q.dtype), device=q.device)
     if cu_seqlens is None:
@@ -159,7 +172,7 @@ def _arguments(
         _lengths("cache_batch_idx", cache_batch_idx, q, no_lengths, batch),
         _pages(block_table, q, no_lengths),
         _per_head("alibi_slopes", alibi_slopes, q, per_head, 2),
-        _per_head("sinks", sinks, q, per_head, 1),
+        _per_head("sinks", sinks, q, per_head, 1, has_gradient),
         1.0 / math.sqrt(max(head_dim, 1)) if scale is None else _number("scale", scale),
         bool(causal), *_window(window), _number("softcap", softcap),
         resolve_split_size(split_size, family), _ARITHMETIC[arithmetic],
@@ -222,13 +235,18 @@ def attn(
     whose replays read the lengths anew. So the values of seqused_q, seqused_k, leftpad_k, k_pos and cu_seqlens, which
     are checked on the CPU, are not checked there. float64 is for the CPU.
 
+    On the CPU in the fma family q, k, v, sinks and lse have gradients, whose bits for one sequence do not depend on the
+    rest of the call either (contract clauses N13 and N14); that of sinks sums over all sequences. There are no second
+    derivatives.
+
     Raises TypeError (types, dtypes), ValueError (shapes, ranges, devices), NotImplementedError (an input that requires
-    grad, a device or arithmetic without kernels), RuntimeError (the device refuses a launch).
+    grad where there is no backward: alibi_slopes, CUDA, mma families; a device or arithmetic without kernels),
+    RuntimeError (the device refuses a launch).
     """
     arguments = _arguments(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
         seqused_q=seqused_q, seqused_k=seqused_k, leftpad_k=leftpad_k, k_pos=k_pos, split_size=split_size,
-        arithmetic=arithmetic,
+        arithmetic=arithmetic, differentiable=True,
     )  # fmt: skip
     out, lse = ops.call(ops.fwd, *arguments)
     out = _unpadded(out, v)
@@ -268,14 +286,14 @@ def attn_varlen(
         on. cu_seqlens_k is None then, seqused_k says how many keys each sequence has, and leftpad_k [B] int32 how many
         rows to skip before them. Pages may repeat; entries behind the last key are not read. On a CUDA device entries
         cannot be checked: wrong ones read another page of the pool.
-    The other arguments, and what is raised, as in attn.
+    The other arguments, gradients, and what is raised, as in attn; with block_table there are no gradients.
 
     Returns out [Tq, Hq, Dv], contiguous, in q's dtype; with return_lse also lse [Hq, Tq] in the compute dtype.
     """
     arguments = _arguments(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
         cu_seqlens=(cu_seqlens_q, cu_seqlens_k), seqused_q=seqused_q, seqused_k=seqused_k, leftpad_k=leftpad_k,
-        k_pos=k_pos, block_table=block_table, split_size=split_size, arithmetic=arithmetic,
+        k_pos=k_pos, block_table=block_table, split_size=split_size, arithmetic=arithmetic, differentiable=True,
     )  # fmt: skip
     out, lse = ops.call(ops.fwd, *arguments)
     out = _unpadded(out, v)

@@ -2,7 +2,7 @@
 
 Differences: any head dim 1 .. 256, float32 and float64 too, CPU tensors; dropout raises
 NotImplementedError; a row that sees no key has lse = -inf, where FlashAttention stores +inf; deterministic is accepted
-and changes nothing, because everything here is.
+and changes nothing, because everything here is. Gradients as in attn.
 """
 
 from torch import Tensor

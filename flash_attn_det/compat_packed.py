@@ -12,7 +12,7 @@ from .compat import flash_attn_func, flash_attn_varlen_func
 
 def _unpacked(name: str, packed: Tensor, layout: str) -> tuple[Tensor, ...]:
     """Views of the tensors that lie along dimension -3, whose size the layout gives: "[B, S, 3, H, D]"."""
-    _check_tensor(name, packed)
+    _check_tensor(name, packed, has_gradient=True)  # its views are checked again
     dims = layout.strip("[]").split(", ")
     if packed.ndim != len(dims) or packed.shape[-3] != int(dims[-3]):
         raise ValueError(f"{name} has shape {list(packed.shape)}, expected {layout}")

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from . import _library
 
-_ARGUMENTS = (
+_TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor seqused_q, Tensor seqused_k, "
-    "Tensor leftpad_k, Tensor k_pos, Tensor cache_batch_idx, Tensor block_table, Tensor alibi_slopes, Tensor sinks, "
-    "float scale, bool causal, int window_left, int window_right, float softcap, int split_size, int arithmetic"
+    "Tensor leftpad_k, Tensor k_pos, Tensor cache_batch_idx, Tensor block_table, Tensor alibi_slopes, Tensor sinks"
 )
+_NUMBERS = "float scale, bool causal, int window_left, int window_right, float softcap, int split_size, int arithmetic"
+_N_TENSORS, _N_NUMBERS = _TENSORS.count("Tensor"), _NUMBERS.count(",") + 1
+_ARGUMENTS = f"{_TENSORS}, {_NUMBERS}"
+_BACKWARD_ARGUMENTS = f"{_TENSORS}, Tensor dout, Tensor out, Tensor lse, Tensor dlse, {_NUMBERS}"
 _APPEND_ARGUMENTS = (
     "Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor cache_batch_idx, "
     "Tensor block_table, Tensor rotary_cos, Tensor rotary_sin, bool rotary_interleaved"
@@ -31,6 +34,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _library_handle = torch.library.Library("flash_attn_det", "DEF")
 _library_handle.define(f"fwd({_ARGUMENTS}) -> (Tensor out, Tensor lse)", tags=_TAGS)
 _library_handle.define(f"fwd_partials({_ARGUMENTS}) -> (Tensor o, Tensor m, Tensor l)", tags=_TAGS)
+_library_handle.define(f"bwd({_BACKWARD_ARGUMENTS}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor d_sinks)", tags=_TAGS)
 _library_handle.define(f"check({_ARGUMENTS}) -> ()", tags=_TAGS)
 _library_handle.define(f"append({_APPEND_ARGUMENTS}) -> ()", tags=_TAGS)
 _library_handle.define(f"rotate({_ROTATE_ARGUMENTS}) -> Tensor", tags=_TAGS)
@@ -83,19 +87,58 @@ def _rotate_fake(x, *_):
     return x.new_empty(x.shape)
 
 
+@torch.library.register_fake("flash_attn_det::bwd", lib=_library_handle)
+def _bwd_fake(q, k, v, *rest):
+    sinks = rest[_N_TENSORS - 4]  # three stand before
+    return (*(x.new_empty(x.shape) for x in (q, k, v)), sinks.new_empty(sinks.shape))
+
+
 NO_BACKWARD = (
     "flash_attn_det has no backward yet, but {} requires grad: call it under torch.no_grad() or "
     "torch.inference_mode(), or pass .detach()ed tensors"
 )
+NO_SLOPE_GRADIENT = (
+    "flash_attn_det has no gradient of alibi_slopes, which require grad: pass alibi_slopes.detach(); those of q, k, v "
+    "and sinks are there"
+)
+NO_SECOND_BACKWARD = "flash_attn_det has no second derivatives: call the first backward without create_graph=True"
 
 
-def _backward(ctx, *_) -> NoReturn:
+def _save_for_backward(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # no gradient of lse is none, and not a tensor of zeros
+    ctx.save_for_backward(*inputs[:_N_TENSORS], *output)
+    ctx.numbers = inputs[_N_TENSORS:]
+
+
+def _fwd_backward(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    if needed[_N_TENSORS - 2]:
+        raise NotImplementedError(NO_SLOPE_GRADIENT)
+    gradients: list[Tensor | None] = [None] * (_N_TENSORS + _N_NUMBERS)
+    if dout is not None or dlse is not None:
+        dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+        dlse = lse.new_empty(0) if dlse is None else dlse
+        results = call(bwd, *tensors, dout, out, lse, dlse, *ctx.numbers)
+        for i, gradient in zip((0, 1, 2, _N_TENSORS - 1), results, strict=True):
+            gradients[i] = gradient if needed[i] else None
+    return tuple(gradients)
+
+
+def _bwd_backward(ctx, *_) -> NoReturn:
+    raise NotImplementedError(NO_SECOND_BACKWARD)
+
+
+def _no_backward(ctx, *_) -> NoReturn:
     raise NotImplementedError(NO_BACKWARD.format("an input"))
 
 
-torch.library.register_autograd("flash_attn_det::fwd", _backward, lib=_library_handle)
-torch.library.register_autograd("flash_attn_det::fwd_partials", _backward, lib=_library_handle)
-torch.library.register_autograd("flash_attn_det::rotate", _backward, lib=_library_handle)
+torch.library.register_autograd(
+    "flash_attn_det::fwd", _fwd_backward, setup_context=_save_for_backward, lib=_library_handle
+)
+torch.library.register_autograd("flash_attn_det::bwd", _bwd_backward, lib=_library_handle)
+torch.library.register_autograd("flash_attn_det::fwd_partials", _no_backward, lib=_library_handle)
+torch.library.register_autograd("flash_attn_det::rotate", _no_backward, lib=_library_handle)
 
 
 class _Observers(threading.local):
@@ -149,6 +192,7 @@ def call(op, *arguments) -> Tensor | tuple[Tensor, ...] | None:
 
 fwd = torch.ops.flash_attn_det.fwd.default
 fwd_partials = torch.ops.flash_attn_det.fwd_partials.default
+bwd = torch.ops.flash_attn_det.bwd.default
 check = torch.ops.flash_attn_det.check.default  # raises what fwd would, and does nothing else
 append = torch.ops.flash_attn_det.append.default
 rotate = torch.ops.flash_attn_det.rotate.default

@@ -2,7 +2,8 @@
 
 ``attn_reference`` repeats every rounding that ``csrc/numerics/contract.h`` prescribes, so its bits equal the kernels'
 (comments cite the clauses). ``attn_oracle`` is a dense float64 softmax: what the answer should be, for accuracy. Both
-take the keywords of ``attn``; the ``varlen`` forms take those of ``attn_varlen``.
+take the keywords of ``attn``; the ``varlen`` forms take those of ``attn_varlen``. ``attn_backward_reference`` is the
+backward in the same manner; the oracle's is torch's own.
 """
 
 from __future__ import annotations
@@ -295,26 +296,31 @@ class _Sequence:
         return mask
 
 
-def _reference_sequence(seq: _Sequence) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [n_q, Hq, Dv] in the input dtype and lse [Hq, n_q] in the compute type of one sequence."""
-    t = _FP64 if seq.q.dtype == torch.float64 else _FP32
-    q, k, v = seq.heads_first(t.dtype)
+def _scores(seq: _Sequence, q: torch.Tensor, k: torch.Tensor, t: _Compute) -> tuple[torch.Tensor, ...]:
+    """N5: x [Hq, n_q, n_k], the base-2 factor c that makes exponents of two of it, and tanh if there is softcap."""
     query, key = seq.positions()
-    visible = seq.visible()
-    block_kv = contract()["BLOCK_KV"]
-
-    # N5: scores, and the base-2 factor c that turns them into exponents of two.
-    x = _dot(q, k)
+    x, tanh = _dot(q, k), None
     c = t.number(seq.scale * _LOG2E, q)
     if not (c > 0 and seq.softcap == 0 and seq.slopes is None):
         c = t.number(_LOG2E, q)
         if seq.softcap > 0:
-            x = t.number(seq.softcap, q) * _tanh(x * t.number(seq.scale / seq.softcap, q), t)
+            tanh = _tanh(x * t.number(seq.scale / seq.softcap, q), t)
+            x = t.number(seq.softcap, q) * tanh
         else:
             x = x * t.number(seq.scale, q)
     if seq.slopes is not None:
         distance = (query[:, None] - key).abs().to(t.dtype)
         x = _fma(-seq.slopes.to(t.dtype)[:, None, None], distance, x)
+    return x, c, tanh
+
+
+def _reference_sequence(seq: _Sequence) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [n_q, Hq, Dv] in the input dtype and lse [Hq, n_q] in the compute type of one sequence."""
+    t = _FP64 if seq.q.dtype == torch.float64 else _FP32
+    q, k, v = seq.heads_first(t.dtype)
+    visible = seq.visible()
+    block_kv = contract()["BLOCK_KV"]
+    x, c, _ = _scores(seq, q, k, t)
 
     def empty_state() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # N3
         m = torch.full(x.shape[:2], t.sentinel, dtype=t.dtype, device=q.device)
@@ -359,6 +365,97 @@ def _reference_sequence(seq: _Sequence) -> tuple[torch.Tensor, torch.Tensor]:
     return _round(out, seq.q.dtype).transpose(0, 1), lse
 
 
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """What the backward of one sequence is given besides its inputs."""
+
+    out: torch.Tensor  # [n_q, Hq, Dv]
+    lse: torch.Tensor  # [Hq, n_q]
+    dout: torch.Tensor  # [n_q, Hq, Dv]
+    dlse: torch.Tensor | None  # [Hq, n_q]
+
+
+def _block_sums(start, blocks, term, keep):
+    """N13: a chain from 0 for each block, the chains added onto start. term(i, s) goes on from s, where keep(i)."""
+    total = start
+    for block in blocks:
+        chain = torch.zeros_like(total)
+        for i in block:
+            chain = torch.where(keep(i), term(i, chain), chain)
+        total = total + chain
+    return total
+
+
+def _add_head(dk, dv, row_blocks, p, ds, q, dout, seen):
+    """N13: dk and dv with the sums of one query head for each kv head. p, ds, seen [Hk, n_q, n_k]."""
+
+    def keep(i):
+        return seen[:, i, :, None]
+
+    dk = _block_sums(dk, row_blocks, lambda i, s: _fma(ds[:, i, :, None], q[:, None, i], s), keep)
+    return dk, _block_sums(dv, row_blocks, lambda i, s: _fma(p[:, i, :, None], dout[:, None, i], s), keep)
+
+
+def _reference_backward(seq: _Sequence, saved: _Saved) -> tuple[torch.Tensor, ...]:
+    """N13 of one sequence: dq [n_q, Hq, D], dk [n_k, Hk, D], dv [n_k, Hk, Dv] in the input dtype, dz [Hq] or None."""
+    t = _FP64 if seq.q.dtype == torch.float64 else _FP32
+    q, k, v = seq.heads_first(t.dtype)
+    out, dout = (x.to(t.dtype).transpose(0, 1) for x in (saved.out, saved.dout))
+    (heads, n_q, _), n_k, size = q.shape, k.shape[1], contract()["BLOCK_KV"]
+    x, c, tanh = _scores(seq, q, k, t)
+    some = saved.lse != -math.inf
+    seen = seq.visible() & some[..., None]  # [Hq, n_q, n_k]
+    row_blocks = [range(i, min(i + size, n_q)) for i in range(0, n_q, size)]
+    end = seq.first_key + n_k
+    key_blocks = [
+        range(max(b, seq.first_key) - seq.first_key, min(b + size, end) - seq.first_key)
+        for b in range(seq.first_key // size * size, end, size)
+    ]
+    log2e = t.number(_LOG2E, q)
+
+    def exponential(x, c, m):
+        a = _fma(x, c, -m)
+        return _exp2(torch.where(a > 64, 64, a), t)
+
+    m = torch.where(some, (saved.lse * log2e).round(), 0)
+    e = exponential(x, c, m[..., None])
+    l = _block_sums(torch.zeros_like(m), key_blocks, lambda j, s: s + e[..., j], lambda j: seen[..., j])
+    sink = None
+    if seq.sinks is not None:
+        sink = exponential(seq.sinks.to(t.dtype)[:, None], log2e, m)
+        l = l + sink
+    weight = torch.where(l > 0, 1 / l, l)
+    p = e * weight[..., None]
+
+    delta = torch.zeros_like(m)
+    for d in range(out.shape[2]):
+        delta = _fma(dout[..., d], out[..., d], delta)
+    if saved.dlse is not None:
+        delta = delta - saved.dlse
+    ds = p * (_dot(dout, v) - delta[..., None])
+    if tanh is not None:
+        ds = ds * _fma(-tanh, tanh, t.number(1.0, q))
+
+    dq = _block_sums(
+        torch.zeros_like(q), key_blocks,
+        lambda j, s: _fma(ds[..., j, None], k[:, None, j], s), lambda j: seen[..., j, None],
+    )  # fmt: skip
+    # All kv heads at once, [Hk, G, ...]; the query heads of each ascending.
+    by_group = [y.unflatten(0, (seq.k.shape[1], -1)) for y in (p, ds, q, dout, seen)]
+    dk, dv = (torch.zeros(seq.k.shape[1], n_k, y.shape[2], dtype=t.dtype, device=q.device) for y in (k, v))
+    for g in range(heads // seq.k.shape[1]):
+        dk, dv = _add_head(dk, dv, row_blocks, *(y[:, g] for y in by_group))
+    dz = None
+    if sink is not None:
+        dz = _block_sums(
+            torch.zeros(heads, dtype=t.dtype, device=q.device), row_blocks,
+            lambda i, s: _fma(-(sink[:, i] * weight[:, i]), delta[:, i], s), lambda i: some[:, i],
+        )  # fmt: skip
+    scale = t.number(seq.scale, q)
+    dq, dk, dv = (_round(_canonical(y + 0.0, t), seq.q.dtype).transpose(0, 1) for y in (dq * scale, dk * scale, dv))
+    return dq, dk, dv, dz
+
+
 def _oracle_sequence(seq: _Sequence) -> tuple[torch.Tensor, torch.Tensor]:
     """out [n_q, Hq, Dv] and lse [Hq, n_q] of one sequence, both float64."""
     q, k, v = seq.heads_first(torch.float64)
@@ -389,8 +486,7 @@ def _oracle_sequence(seq: _Sequence) -> tuple[torch.Tensor, torch.Tensor]:
 # ---- batches: every sequence by itself -------------------------------------------------------------------------------
 
 
-def _each_sequence(
-    compute,
+def _sequences(
     q,
     k,
     v,
@@ -409,23 +505,20 @@ def _each_sequence(
     split_size=None,
     arithmetic="auto",
 ):
-    """Packed q, k, v [T, H, D]; sequence b owns the ranges rows[b] and keys[b]. -> out [Tq, Hq, Dv], lse [Hq, Tq]."""
+    """Packed q, k, v [T, H, D]; sequence b owns the ranges rows[b] and keys[b]. Yields its slices in use and itself."""
     if arithmetic not in ("auto", "fma"):
         raise NotImplementedError(f"the reference is the fma family, not arithmetic={arithmetic!r}")
     left, right = window
     if causal:
         right = 0
-    fp64 = torch.float64
-    oracle = compute is _oracle_sequence
-    out_dtype, lse_dtype = (fp64, fp64) if oracle else (q.dtype, fp64 if q.dtype == fp64 else torch.float32)
-    out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=out_dtype, device=q.device)
-    lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=lse_dtype, device=q.device)
     for b in range(len(rows)):
         n_q = len(rows[b]) if seqused_q is None else int(seqused_q[b])
         n_k = len(keys[b]) if seqused_k is None else int(seqused_k[b])
-        here = slice(rows[b].start, rows[b].start + n_q)  # N10: rows past n_q stay 0 and -inf
+        here = slice(rows[b].start, rows[b].start + n_q)
         there = slice(keys[b].start, keys[b].start + n_k)
-        out[here], lse[:, here] = compute(
+        yield (
+            here,
+            there,
             _Sequence(
                 q=q[here],
                 k=k[there],
@@ -438,8 +531,19 @@ def _each_sequence(
                 right=right,
                 softcap=float(softcap),
                 split_size=get_split_size() if split_size is None else split_size,
-            )
+            ),
         )
+
+
+def _each_sequence(compute, q, k, v, rows, keys, **options):
+    """out [Tq, Hq, Dv] and lse [Hq, Tq] of packed sequences; arguments as in _sequences."""
+    fp64 = torch.float64
+    oracle = compute is _oracle_sequence
+    out_dtype, lse_dtype = (fp64, fp64) if oracle else (q.dtype, fp64 if q.dtype == fp64 else torch.float32)
+    out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=out_dtype, device=q.device)
+    lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=lse_dtype, device=q.device)
+    for here, _, sequence in _sequences(q, k, v, rows, keys, **options):
+        out[here], lse[:, here] = compute(sequence)  # N10: rows past n_q stay 0 and -inf
     return out, lse
 
 
@@ -475,6 +579,32 @@ def attn_reference(q, k, v, *, leftpad_k=None, return_lse=False, **options):
 def attn_varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, *, return_lse=False, **options):
     """``attn_varlen`` by the contract; see ``attn_reference``. q [Tq, Hq, D] -> out [Tq, Hq, Dv], lse [Hq, Tq]."""
     return _varlen(_reference_sequence, q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse, options)
+
+
+def attn_backward_reference(q, k, v, out, lse, dout, dlse=None, *, leftpad_k=None, **options):
+    """The backward of ``attn`` by clause N13, in plain torch: the bits that autograd gives, thousands of times slower.
+
+    q, k, v and the keywords as in ``attn_reference``; out [B, Sq, Hq, Dv] and lse [B, Hq, Sq] as ``attn`` returned
+    them, dout and dlse their gradients, dlse None if lse has none. Returns dq, dk, dv in the shapes and dtype of q, k,
+    v, and d_sinks [Hq] in the compute type, None without sinks. Raises what ``attn_reference`` does.
+    """
+    (B, Sq), Sk = q.shape[:2], k.shape[1]
+    skip = [0] * B if leftpad_k is None else leftpad_k.tolist()
+    rows = [range(b * Sq, (b + 1) * Sq) for b in range(B)]
+    keys = [range(b * Sk + skip[b], (b + 1) * Sk) for b in range(B)]
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    out, dout = out.flatten(0, 1), dout.flatten(0, 1)
+    lse, dlse = (None if x is None else x.transpose(0, 1).flatten(1, 2) for x in (lse, dlse))
+    dq, dk, dv = (torch.zeros_like(x) for x in flat)
+    d_sinks = None
+    for here, there, sequence in _sequences(*flat, rows, keys, **options):
+        saved = _Saved(out[here], lse[:, here], dout[here], None if dlse is None else dlse[:, here])
+        dq[here], dk[there], dv[there], dz = _reference_backward(sequence, saved)
+        d_sinks = dz if d_sinks is None else d_sinks + dz  # N13: sequences ascending
+    if options.get("sinks") is not None:
+        t = _FP64 if q.dtype == torch.float64 else _FP32
+        d_sinks = torch.zeros(q.shape[2], dtype=t.dtype) if d_sinks is None else _canonical(d_sinks + 0.0, t)
+    return dq.view_as(q), dk.view_as(k), dv.view_as(v), d_sinks
 
 
 def attn_oracle(q, k, v, *, leftpad_k=None, return_lse=False, **options):

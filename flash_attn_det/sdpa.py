@@ -142,5 +142,5 @@ def _causal_with_padding(q, k, v, mask, options):
         b, i = (later < n_rows).nonzero(as_tuple=True)
         sequence = torch.arange(q.shape[0], device=q.device)[:, None]
         rows = attn(q[sequence, later.clamp(max=n_rows - 1)], k, v, **lengths, **options)
-        out[b, later[b, i]] = rows[b, i]
+        out = out.index_put((b, later[b, i]), rows[b, i])  # not in place: the backward needs what the first call gave
     return out

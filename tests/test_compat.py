@@ -150,7 +150,9 @@ def test_num_splits_does_not_reach_the_bits():
         )
 
 
-def test_grad_is_refused():
-    q, k, v = dense()
-    with pytest.raises(NotImplementedError, match="flash_attn_det has no backward yet, but q requires grad"):
-        fad.flash_attn_func(q.requires_grad_(), k, v)
+def test_gradients_are_those_of_attn():
+    q, k, v = (x.requires_grad_() for x in dense())
+    want = torch.autograd.grad(fad.attn(q, k, v, causal=True).sum(), (q, k, v))
+    got = torch.autograd.grad(fad.flash_attn_func(q, k, v, causal=True).sum(), (q, k, v))
+    for a, b in zip(got, want, strict=True):
+        assert_bits_equal(a, b)

@@ -154,10 +154,31 @@ fad_status fad_check_out(const fad_attn_problem *p) {
     return FAD_OK;
 }
 
+fad_status fad_check_backward(const fad_attn_problem *p) {
+    TRY(fad_check_problem(p));
+    if (p->device != FAD_CPU)
+        return fad_fail(FAD_UNSUPPORTED, "there is no backward on a CUDA device yet, only on the CPU");
+    if (fad_is_emulated(p))
+        return fad_fail(FAD_UNSUPPORTED, "there is no backward of emulated tensor cores, only of arithmetic 'fma'");
+    if (p->block_table || p->cache_batch_idx)
+        return fad_fail(FAD_UNSUPPORTED, "%s is given: there is no backward into a cache",
+                        p->block_table ? "block_table" : "cache_batch_idx");
+    return FAD_OK;
+}
+
+fad_status fad_check_gradients(const fad_attn_problem *p, const fad_attn_gradients *g) {
+    const int has_q = p->Sq > 0 && (p->B > 0 || p->cu_seqlens_q), has_k = p->Sk > 0 && (p->B > 0 || p->cu_seqlens_k);
+    REQUIRE(g, "gradients is null");
+    REQUIRE(!has_q || (p->out.data && p->lse.data && g->dout.data && g->dq.data),
+            "out, lse, dout or dq has a null data pointer but %lld rows", LL(p->Sq));
+    REQUIRE(!has_k || (g->dk.data && g->dv.data), "dk or dv has a null data pointer but %lld rows", LL(p->Sk));
+    REQUIRE(!g->d_sinks || p->sinks, "d_sinks is given, but sinks is null");
+    return FAD_OK;
+}
+
 fad_status fad_check_workspace(const fad_runtime *r, size_t workspace_bytes) {
-    REQUIRE(r->workspace_bytes >= workspace_bytes,
-            "the workspace has %zu bytes, expected at least the %zu of fad_attn_workspace", r->workspace_bytes,
-            workspace_bytes);
+    REQUIRE(r->workspace_bytes >= workspace_bytes, "the workspace has %zu bytes, expected at least %zu",
+            r->workspace_bytes, workspace_bytes);
     REQUIRE(!workspace_bytes || (r->workspace && (uintptr_t)r->workspace % 64 == 0),
             "the workspace is at %p, expected a 64-byte aligned address", r->workspace);
     return FAD_OK;

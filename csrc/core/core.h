@@ -14,6 +14,9 @@ fad_status fad_check_workspace(const fad_runtime *runtime, size_t workspace_byte
 fad_status fad_check_splittable(const fad_attn_problem *problem); /* partial states are defined for it */
 fad_status fad_check_partials(const fad_attn_problem *problem, const fad_partials *partials);
 
+fad_status fad_check_backward(const fad_attn_problem *problem); /* that there is one */
+fad_status fad_check_gradients(const fad_attn_problem *problem, const fad_attn_gradients *gradients);
+
 fad_status fad_check_append(const fad_cache_append *append);
 fad_status fad_check_rotation(const fad_rotation *rotation);
 
@@ -45,7 +48,10 @@ static inline int fad_is_emulated(const fad_attn_problem *p) {
 fad_status fad_cpu_select_backend(const fad_attn_problem *problem, const fad_backend **backend);
 fad_status fad_load_cuda(const fad_device_backend **backend);
 
-/* The CPU has no need of a table for these. */
+/* The CPU's own, outside of the table: of the backward there is no other, the rest needs none. */
+fad_status fad_cpu_backward_workspace(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes);
+fad_status fad_cpu_backward(const fad_attn_problem *problem, const fad_attn_gradients *gradients,
+                            const fad_runtime *runtime);
 fad_status fad_cpu_append(const fad_cache_append *append, const fad_runtime *runtime);
 fad_status fad_cpu_rotate(const fad_rotation *rotation, const fad_runtime *runtime);
 

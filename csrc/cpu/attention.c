@@ -2,8 +2,6 @@
  * Everything here is free to change (N1): no decision reaches the arithmetic. */
 #include "kernel.h"
 
-#include <stdatomic.h>
-
 /* Up to here rows are too few to fill vector lanes. */
 enum { KEYS_LAYOUT_MAX_ROWS = 8 };
 
@@ -107,10 +105,7 @@ typedef struct call {
     plan plan;
     int64_t *first_tile; /* [sequences + 1] number of each sequence's first tile */
     char *threads, *states;
-    void (*item)(const struct call *, int64_t item, char *memory); /* one unit of work on one thread's memory */
-    int64_t n_items;
-    int64_t wave_first;       /* first split of the wave, counted from the first that a tile sees */
-    atomic_int_fast64_t next; /* unit of work to take: threads balance themselves */
+    int64_t wave_first; /* first split of the wave, counted from the first that a tile sees */
 } call;
 
 static fad_cpu_tile get_tile(const call *c, int64_t number) {
@@ -151,7 +146,8 @@ static fad_interval visible_splits(const fad_cpu_tile *t) {
 }
 
 /* One tile, its splits folded in place (N8). Folding into the empty state is exact, so the first split is the state. */
-static void tile_in_place(const call *c, int64_t item, char *memory) {
+static void tile_in_place(const void *ctx, int64_t item, char *memory) {
+    const call *c = ctx;
     const fad_cpu_kernel *k = c->plan.kernel;
     char *state = memory + c->plan.scratch_bytes, *part = state + c->plan.state_bytes;
     const fad_cpu_tile t = get_tile(c, item);
@@ -175,7 +171,8 @@ static char *wave_state(const call *c, int64_t tile, int64_t nth) {
 
 /* One split of one tile, into the workspace. The tiles of one split follow each other: heads that lie side by side in
  * memory are read while their pages are at hand. */
-static void wave_split(const call *c, int64_t item, char *memory) {
+static void wave_split(const void *ctx, int64_t item, char *memory) {
+    const call *c = ctx;
     const fad_cpu_kernel *k = c->plan.kernel;
     const int64_t tile = item % c->plan.n_tiles, nth = item / c->plan.n_tiles;
     const fad_cpu_tile t = get_tile(c, tile);
@@ -188,7 +185,8 @@ static void wave_split(const call *c, int64_t item, char *memory) {
 }
 
 /* Folds what wave_split left into the tile's running state (N8), and finishes it after its last wave. */
-static void wave_fold(const call *c, int64_t item, char *memory) {
+static void wave_fold(const void *ctx, int64_t item, char *memory) {
+    const call *c = ctx;
     const fad_cpu_kernel *k = c->plan.kernel;
     char *state = wave_state(c, item, c->plan.wave);
     const fad_cpu_tile t = get_tile(c, item);
@@ -206,7 +204,8 @@ static void wave_fold(const call *c, int64_t item, char *memory) {
 }
 
 /* One split of one tile, for the caller. Splits that the tile does not see are empty states. */
-static void tile_partial(const call *c, int64_t item, char *memory) {
+static void tile_partial(const void *ctx, int64_t item, char *memory) {
+    const call *c = ctx;
     const fad_cpu_kernel *k = c->plan.kernel;
     const int64_t n_splits = fad_split_capacity(c->problem), split = item % n_splits;
     char *state = memory + c->plan.scratch_bytes;
@@ -221,27 +220,8 @@ static void tile_partial(const call *c, int64_t item, char *memory) {
     k->store(&t, state, c->partials, split);
 }
 
-/* Thread w takes units of work until none is left. */
-static void work(int64_t begin, int64_t end, void *ctx) {
-    call *c = ctx;
-    const fenv_t caller = fad_cpu_enter_contract();
-    for (int64_t w = begin; w < end; w++) {
-        char *memory = c->threads + (size_t)w * (c->plan.scratch_bytes + 2 * c->plan.state_bytes);
-        for (int64_t i; (i = atomic_fetch_add(&c->next, 1)) < c->n_items;)
-            c->item(c, i, memory);
-    }
-    fesetenv(&caller);
-}
-
-static void run(call *c, const fad_runtime *r, void (*item)(const call *, int64_t, char *), int64_t n_items) {
-    const int64_t workers = n_items < r->num_threads ? n_items : r->num_threads;
-    c->item = item;
-    c->n_items = n_items;
-    atomic_store(&c->next, 0);
-    if (r->parallel_for && workers > 1)
-        r->parallel_for(workers, work, c);
-    else if (workers)
-        work(0, 1, c);
+static void run(const call *c, const fad_runtime *r, fad_cpu_item item, int64_t n_items) {
+    fad_cpu_run(r, item, c, n_items, c->threads, c->plan.scratch_bytes + 2 * c->plan.state_bytes);
 }
 
 static void start(call *c, const fad_runtime *r) {

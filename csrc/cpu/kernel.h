@@ -15,7 +15,10 @@
  * K and V are the vectors). */
 typedef enum fad_layout { FAD_LAYOUT_ROWS = 1, FAD_LAYOUT_KEYS = 2 } fad_layout;
 
-enum { FAD_TILE_ROWS_MAX = 256 };
+enum {
+    FAD_TILE_ROWS_MAX = 256,
+    FAD_GRADIENT_BLOCKS_MAX = FAD_TILE_ROWS_MAX / FAD_BLOCK_KV /* of keys that a tile of the backward packs together */
+};
 
 typedef struct fad_cpu_tile {
     const fad_attn_problem *problem;
@@ -25,6 +28,21 @@ typedef struct fad_cpu_tile {
     int64_t n_rows;       /* packed rows owned: all are written */
     int64_t n_active;     /* of these, rows below n_q: only they are computed */
 } fad_cpu_tile;
+
+/* A tile of the backward (N13): rows of some query heads of one group, against blocks of their keys. What is wanted must
+ * be summed in one tile: dq needs all keys of the sequence; dk and dv all its rows, and all heads of the group. */
+typedef struct fad_cpu_gradient_tile {
+    const fad_attn_problem *problem;
+    const fad_attn_problem *gradient; /* the same call, with dq, dk, dv, dout and dlse in the places of q .. lse */
+    fad_sequence seq, gradient_seq;   /* the sequence in either */
+    int64_t head_k, head, end_head;   /* kv head; query heads */
+    int64_t row, end_row;             /* query rows, from a multiple of FAD_BLOCK_KV on */
+    int64_t block, end_block;         /* blocks of keys, counted from position 0 */
+    int64_t blocks_at_once;           /* of these: what is packed together */
+    int want_q, want_kv;
+    void *delta, *weight; /* [Hq][rows_h] compute type: of the sequence's rows */
+    int64_t rows_h;
+} fad_cpu_gradient_tile;
 
 typedef struct fad_cpu_kernel {
     const char *isa;
@@ -39,6 +57,11 @@ typedef struct fad_cpu_kernel {
     void (*finish)(const fad_cpu_tile *tile, void *state); /* adds the sink; writes out and lse */
     void (*store)(const fad_cpu_tile *tile, const void *state, const fad_partials *partials, int64_t index);
     double (*fma_flops)(int64_t iterations); /* see fad_cpu_fma_flops */
+    /* Scratch of a gradient tile that sums dq of dq_rows rows, whole blocks of every head. */
+    size_t (*gradient_bytes)(const fad_attn_problem *problem, int64_t blocks_at_once, int64_t dq_rows);
+    void (*weigh_rows)(const fad_cpu_gradient_tile *tile, void *scratch);     /* delta and weight of one head's rows, */
+    void (*tile_gradients)(const fad_cpu_gradient_tile *tile, void *scratch); /* then dq, or dk and dv, or all, */
+    void (*sink_gradient)(const fad_cpu_gradient_tile *tile, void *sum); /* and the sequence's part of a head's sink */
 } fad_cpu_kernel;
 
 /* Instruction sets of this build, best first: X(name, condition under which this CPU runs it). Every CPU with AVX2 has
@@ -71,6 +94,13 @@ static inline fenv_t fad_cpu_enter_contract(void) {
     fesetenv(FE_DFL_ENV);
     return caller;
 }
+
+/* One unit of work of a call on one thread's memory. */
+typedef void (*fad_cpu_item)(const void *call, int64_t item, char *memory);
+
+/* Runs each of n_items once, on threads that have memory_bytes of memory each. */
+void fad_cpu_run(const fad_runtime *runtime, fad_cpu_item item, const void *call, int64_t n_items, char *memory,
+                 size_t memory_bytes);
 
 /* N8: the sink of each head as one more state, behind the splits; empty for rows past n_q. */
 void fad_cpu_store_sinks(const fad_attn_problem *problem, const fad_partials *partials);

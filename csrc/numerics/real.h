@@ -2,7 +2,8 @@
  *
  * fad_f32_*, fad_f64_*: add sub mul div fma max(candidate, running) abs copysign rint select_lt, and
  * scale2(z) = 2^n for z = MAGIC + n. The elementary functions and the softmax steps are then written once, in
- * elementary.inc and softmax.inc, over these names; vector code includes the same files over its own operations. */
+ * elementary.inc, softmax.inc and gradient.inc, over these names; vector code includes the same files over its own
+ * operations. */
 #ifndef FAD_NUMERICS_REAL_H
 #define FAD_NUMERICS_REAL_H
 
@@ -123,6 +124,7 @@ FAD_FN double fad_f64_canonical(double x) { return x != x ? fad_f64_from_bits(0x
 #define FAD_SCALAR
 #include "elementary.inc"
 #include "softmax.inc"
+#include "gradient.inc"
 #undef FAD_E
 #undef FAD_R
 #undef FAD_OP
@@ -134,6 +136,7 @@ FAD_FN double fad_f64_canonical(double x) { return x != x ? fad_f64_from_bits(0x
 #define FAD_CONST(name) FAD_F64_##name
 #include "elementary.inc"
 #include "softmax.inc"
+#include "gradient.inc"
 #undef FAD_E
 #undef FAD_R
 #undef FAD_OP

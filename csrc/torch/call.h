@@ -5,7 +5,7 @@
 #include "../flash_attn_det.h"
 #include "stable_abi.h"
 
-enum { MAX_TENSOR_ARGS = 13, MAX_RESULTS = 3 };
+enum { MAX_TENSOR_ARGS = 17, MAX_RESULTS = 4 };
 
 /* What torch says of one of the tensors. */
 typedef struct fad_torch_tensor {
@@ -21,7 +21,8 @@ typedef struct fad_torch_call {
     AtenTensorHandle workspace;                /* owned, or null */
     DeviceGuardHandle guard;                   /* owned; null on the CPU */
     fad_torch_tensor t[MAX_TENSOR_ARGS];       /* describes tensors */
-    fad_attn_problem problem;                  /* the op's own of these three points into tensors and results */
+    fad_attn_problem problem;                  /* the op's own of these four point into tensors and results */
+    fad_attn_gradients gradients;
     fad_cache_append append;
     fad_rotation rotation;
     fad_runtime runtime;                                     /* points into workspace */
@@ -39,7 +40,8 @@ typedef struct fad_torch_op {
     fad_status (*unpack)(fad_torch_call *call, const StableIValue *stack); /* fills the op's struct, but for results */
     fad_status (*body)(fad_torch_call *call);
 } fad_torch_op;
-extern const fad_torch_op fad_torch_check, fad_torch_fwd, fad_torch_fwd_partials, fad_torch_append, fad_torch_rotate;
+extern const fad_torch_op fad_torch_check, fad_torch_fwd, fad_torch_fwd_partials, fad_torch_bwd, fad_torch_append,
+    fad_torch_rotate;
 
 /* Records the detail text and returns status. */
 fad_status fad_torch_fail(fad_torch_call *call, fad_status status, const char *format, ...)

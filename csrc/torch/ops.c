@@ -63,7 +63,7 @@ static void run(StableIValue *stack, const fad_torch_op *op) {
         stack[i] = (StableIValue)(uintptr_t)call.results[i];
 }
 
-#define OPS(X) X(check) X(fwd) X(fwd_partials) X(append) X(rotate)
+#define OPS(X) X(check) X(fwd) X(fwd_partials) X(bwd) X(append) X(rotate)
 
 #define KERNEL(name)                                                                                                   \
     static void name(StableIValue *stack, uint64_t n_arguments, uint64_t n_results) {                                  \

@@ -188,6 +188,49 @@ static void partials(void) {
           fad_last_error());
 }
 
+static float dq[B * SQ * HQ * DIM], dk[B * SK * HK * DIM], dv[B * SK * HK * DIM], d_sinks[HQ];
+
+static fad_attn_gradients all_gradients(void) {
+    const fad_attn_problem p = dense();
+    fad_attn_gradients g = {.dout = p.out, .dlse = p.lse, .dq = p.q, .dk = p.k, .dv = p.v};
+    g.dq.data = dq, g.dk.data = dk, g.dv.data = dv;
+    return g;
+}
+
+#define BACKWARD_REFUSED(status, message, ...)                                                                         \
+    do {                                                                                                               \
+        fad_attn_problem p = dense();                                                                                  \
+        fad_attn_gradients g = all_gradients();                                                                        \
+        fad_runtime r = runtime();                                                                                     \
+        __VA_ARGS__;                                                                                                   \
+        dq[0] = dk[0] = dv[0] = 123;                                                                                   \
+        CHECK(fad_attn_backward(&p, &g, &r) == status && strstr(fad_last_error(), message), "line %d: message '%s'",   \
+              __LINE__, fad_last_error());                                                                             \
+        CHECK(dq[0] == 123 && dk[0] == 123 && dv[0] == 123, "line %d: a refused call wrote", __LINE__);                \
+    } while (0)
+
+static void backward(void) {
+    static const int32_t entries[B];
+    const fad_attn_problem p = dense();
+    const fad_attn_gradients g = all_gradients();
+    const fad_runtime r = runtime();
+    size_t bytes;
+    CHECK(fad_attn_backward_workspace(&p, 1, &bytes) == FAD_OK && bytes <= sizeof workspace, "%zu bytes", bytes);
+    CHECK(fad_attn_backward_workspace(&p, 0, &bytes) == FAD_INVALID_ARGUMENT, "no threads");
+    CHECK(fad_attn_backward(&p, &g, &r) == FAD_OK, "%s", fad_last_error());
+    CHECK(fad_attn_backward(&p, NULL, &r) == FAD_INVALID_ARGUMENT, "null gradients");
+    CHECK(fad_attn_backward(&p, &g, NULL) == FAD_INVALID_ARGUMENT, "null runtime");
+    BACKWARD_REFUSED(FAD_INVALID_ARGUMENT, "split_size", p.split_size = 7);
+    BACKWARD_REFUSED(FAD_INVALID_ARGUMENT, "dout", g.dout.data = NULL);
+    BACKWARD_REFUSED(FAD_INVALID_ARGUMENT, "lse", p.lse.data = NULL);
+    BACKWARD_REFUSED(FAD_INVALID_ARGUMENT, "dk", g.dk.data = NULL);
+    BACKWARD_REFUSED(FAD_INVALID_ARGUMENT, "d_sinks", g.d_sinks = d_sinks);
+    BACKWARD_REFUSED(FAD_INVALID_ARGUMENT, "workspace", r.workspace_bytes = bytes - 1);
+    BACKWARD_REFUSED(FAD_UNSUPPORTED, "CUDA", p.device = FAD_CUDA);
+    BACKWARD_REFUSED(FAD_UNSUPPORTED, "emulated", p.arithmetic = FAD_ARITHMETIC_MMA_SM90, p.dtype = FAD_FLOAT16);
+    BACKWARD_REFUSED(FAD_UNSUPPORTED, "cache_batch_idx", p.cache_batch_idx = entries, p.Bk = B);
+}
+
 static void null_pointers(void) {
     fad_attn_problem p = dense();
     const fad_runtime r = runtime();
@@ -274,6 +317,7 @@ int main(void) {
     problems();
     runtimes();
     partials();
+    backward();
     null_pointers();
     constants();
     schedules();

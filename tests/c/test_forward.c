@@ -1,6 +1,6 @@
 /* Random calls through the public API, between guard pages, against one row at a time of the contract's own headers:
  * every instruction set, layout and dtype, dense and packed, any strides, on a workspace full of rubbish. The same calls
- * with emulated tensor cores, one instruction set against the other. */
+ * with emulated tensor cores, and their backward, one instruction set against the other. */
 #include "check.h"
 
 #include <pthread.h>
@@ -288,20 +288,22 @@ static fad_schedule random_schedule(uint64_t *rng, int32_t isa) {
                           .split_parallel = (int32_t)random_in(rng, 0, 2)};
 }
 
-/* One forward under a schedule, on a workspace full of rubbish. what: gets the call in words. */
-static void forward(uint64_t *rng, const fad_attn_problem *p, const fad_schedule *s, char *what, size_t size,
-                    uint64_t seed) {
+/* One forward, or with g its backward, under a schedule, on a workspace full of rubbish. what: gets the call in words. */
+static void run(uint64_t *rng, const fad_attn_problem *p, const fad_attn_gradients *g, const fad_schedule *s,
+                char *what, size_t size, uint64_t seed) {
     const int32_t threads = (int32_t)random_in(rng, 1, 4);
     size_t workspace_bytes;
-    snprintf(what, size, "call %llu, arithmetic %d, %s, layout %d, tile_rows %d, split_parallel %d, %d threads",
-             (unsigned long long)seed, p->arithmetic, s->isa, s->layout, s->tile_rows, s->split_parallel, threads);
+    snprintf(what, size, "call %llu%s, arithmetic %d, %s, layout %d, tile_rows %d, split_parallel %d, %d threads",
+             (unsigned long long)seed, g ? ", backward" : "", p->arithmetic, s->isa, s->layout, s->tile_rows,
+             s->split_parallel, threads);
     CHECK(fad_force_schedule(s) == FAD_OK, "%s: %s", what, fad_last_error());
-    CHECK(fad_attn_workspace(p, threads, &workspace_bytes) == FAD_OK, "%s: %s", what, fad_last_error());
+    CHECK((g ? fad_attn_backward_workspace : fad_attn_workspace)(p, threads, &workspace_bytes) == FAD_OK, "%s: %s",
+          what, fad_last_error());
     guarded workspace = guarded_alloc(workspace_bytes, 64, GUARD_END);
     for (size_t i = 0; i + 8 <= workspace_bytes; i += 8) /* the rubbish that overflows most easily */
         memcpy((char *)workspace.data + i, &(int64_t){random_bits(rng) & 1 ? INT64_MIN : INT64_MAX}, 8);
     const fad_runtime r = {threads, threads > 1 ? parallel_for : NULL, workspace.data, workspace_bytes, NULL};
-    CHECK(fad_attn_forward(p, &r) == FAD_OK, "%s: %s", what, fad_last_error());
+    CHECK((g ? fad_attn_backward(p, g, &r) : fad_attn_forward(p, &r)) == FAD_OK, "%s: %s", what, fad_last_error());
     guarded_free(&workspace);
 }
 
@@ -317,7 +319,7 @@ static void emulated_calls(uint64_t *rng, const fad_attn_problem *problem, const
         const fad_schedule s = random_schedule(rng, isa);
         memset(out->data, 0xa5, out->bytes);
         memset(lse->data, 0xa5, lse->bytes);
-        forward(rng, &p, &s, what, sizeof what, seed);
+        run(rng, &p, NULL, &s, what, sizeof what, seed);
         if (isa == 0) {
             memcpy(expected, out->data, out->bytes);
             memcpy(expected + out->bytes, lse->data, lse->bytes);
@@ -329,6 +331,42 @@ static void emulated_calls(uint64_t *rng, const fad_attn_problem *problem, const
               fad_cpu_isa(0));
     }
     free(expected);
+}
+
+/* What one backward writes: dq, dk, dv, d_sinks. */
+enum { N_GRADIENTS = 4 };
+
+/* The backward of a call whose out and lse are there: every instruction set gives the bits of the first. dout, dlse: of
+ * the shapes of out and lse. */
+static void backward_calls(uint64_t *rng, const fad_attn_problem *p, const tensor *dout, const tensor *dlse,
+                           tensor *results, uint64_t seed) {
+    char *expected[N_GRADIENTS];
+    const fad_attn_gradients g = {.dout = dout->view,
+                                  .dlse = seed % 2 ? dlse->view : (fad_view){NULL, 0, 0, 0},
+                                  .dq = results[0].view,
+                                  .dk = results[1].view,
+                                  .dv = results[2].view,
+                                  .d_sinks = p->sinks ? results[3].view.data : NULL};
+    for (int i = 0; i < N_GRADIENTS; i++)
+        CHECK((expected[i] = malloc(results[i].memory.bytes + 1)), "malloc");
+    for (int32_t isa = 0; fad_cpu_isa(isa); isa++) {
+        char what[160];
+        const fad_schedule s = random_schedule(rng, isa);
+        for (int i = 0; i < N_GRADIENTS; i++)
+            memset(results[i].memory.data, 0xa5, results[i].memory.bytes);
+        run(rng, p, &g, &s, what, sizeof what, seed);
+        for (int i = 0; i < N_GRADIENTS; i++) {
+            const guarded *m = &results[i].memory;
+            if (isa == 0) {
+                memcpy(expected[i], m->data, m->bytes);
+                add_to_digest(m->data, m->bytes);
+            }
+            CHECK(same_bits(expected[i], m->data, m->bytes), "%s: result %d differs from that of %s", what, i,
+                  fad_cpu_isa(0));
+        }
+    }
+    for (int i = 0; i < N_GRADIENTS; i++)
+        free(expected[i]);
 }
 
 static void one_call(uint64_t seed) {
@@ -365,10 +403,19 @@ static void one_call(uint64_t seed) {
     tensor q = make_tensor(&rng, batch, p.Sq, p.Hq, p.D, bytes), k = make_tensor(&rng, batch, p.Sk, p.Hk, p.D, bytes);
     tensor v = make_tensor(&rng, batch, p.Sk, p.Hk, p.Dv, bytes),
            out = make_tensor(&rng, batch, p.Sq, p.Hq, p.Dv, bytes);
-    tensor lse = make_tensor(&rng, batch, p.Sq, p.Hq, 1, p.dtype == FAD_FLOAT64 ? 8 : 4);
+    const fad_dtype compute = p.dtype == FAD_FLOAT64 ? FAD_FLOAT64 : FAD_FLOAT32;
+    const size_t real = dtype_bytes[compute];
+    tensor lse = make_tensor(&rng, batch, p.Sq, p.Hq, 1, real);
+    tensor dout = make_tensor(&rng, batch, p.Sq, p.Hq, p.Dv, bytes),
+           dlse = make_tensor(&rng, batch, p.Sq, p.Hq, 1, real);
+    tensor gradients[N_GRADIENTS] = {
+        make_tensor(&rng, batch, p.Sq, p.Hq, p.D, bytes), make_tensor(&rng, batch, p.Sk, p.Hk, p.D, bytes),
+        make_tensor(&rng, batch, p.Sk, p.Hk, p.Dv, bytes), make_tensor(&rng, 1, 1, 1, p.Hq, real)};
     fill(&rng, &q, p.dtype, batch, p.Sq, p.Hq, p.D, gain);
     fill(&rng, &k, p.dtype, batch, p.Sk, p.Hk, p.D, 1);
     fill(&rng, &v, p.dtype, batch, p.Sk, p.Hk, p.Dv, 1);
+    fill(&rng, &dout, p.dtype, batch, p.Sq, p.Hq, p.Dv, 1);
+    fill(&rng, &dlse, compute, batch, p.Sq, p.Hq, 1, 1);
     p.q = q.view;
     p.k = k.view;
     p.v = v.view;
@@ -382,9 +429,11 @@ static void one_call(uint64_t seed) {
         const fad_schedule s = random_schedule(&rng, isa);
         memset(out.memory.data, 0xa5, out.memory.bytes);
         memset(lse.memory.data, 0xa5, lse.memory.bytes);
-        forward(&rng, &p, &s, what, sizeof what, seed);
+        run(&rng, &p, NULL, &s, what, sizeof what, seed);
         compare(&p, what, isa == 0);
     }
+    if (p.lse.data)
+        backward_calls(&rng, &p, &dout, &dlse, gradients, seed);
     if (p.dtype == FAD_FLOAT16 || p.dtype == FAD_BFLOAT16)
         emulated_calls(&rng, &p, &out.memory, &lse.memory, seed);
     CHECK(fad_force_schedule(NULL) == FAD_OK, "%s", fad_last_error());
@@ -393,6 +442,10 @@ static void one_call(uint64_t seed) {
     guarded_free(&v.memory);
     guarded_free(&out.memory);
     guarded_free(&lse.memory);
+    guarded_free(&dout.memory);
+    guarded_free(&dlse.memory);
+    for (int i = 0; i < N_GRADIENTS; i++)
+        guarded_free(&gradients[i].memory);
 }
 
 /* test_forward [calls [first seed]] */
@@ -401,6 +454,6 @@ int main(int argc, char **argv) {
                    first = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
     for (uint64_t seed = first; seed < first + calls; seed++)
         one_call(seed);
-    printf("%llu calls, digest of out and lse %016llx\n", (unsigned long long)calls, (unsigned long long)digest);
+    printf("%llu calls, digest of all results %016llx\n", (unsigned long long)calls, (unsigned long long)digest);
     return 0;
 }
