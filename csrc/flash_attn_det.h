@@ -140,9 +140,9 @@ typedef struct fad_rotary {
 
 /* Writes new rows behind the keys and values of a cache: row i of sequence b to row cache_seqlens[b] + i, which is also
  * its position for the rotation of k. k and v are a cache as in fad_attn_problem: dense [B, Sk, ...], one entry for each
- * cache_batch_idx, or paged. Two rows that go to the same place are the caller's mistake: either may win. Rows that the
- * cache has no room for are refused before anything is written; on a CUDA device they are skipped, and positions behind
- * the tables' last count as that. */
+ * cache_batch_idx, or paged. Two rows that go to the same place are the caller's mistake: what is left there is any
+ * mixture of them. Rows that the cache has no room for are refused before anything is written; on a CUDA device they are
+ * skipped, and positions behind the tables' last count as that. */
 typedef struct fad_cache_append {
     fad_device device;
     fad_dtype dtype;              /* of all four tensors */

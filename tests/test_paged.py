@@ -438,6 +438,21 @@ def test_packed_queries():
     refused(ValueError, message, fad.attn_varlen, flat, *packed_keys, leftpad_k=int32(0, 0))
 
 
+def test_no_packed_queries():
+    none, starts = torch.randn(0, 4, 64), int32(0)
+    k, v = torch.randn(2, 3, 16, 2, 64)
+    table = torch.empty(0, 3, dtype=torch.int32)
+    out = fad.attn_varlen(none, k, v, starts, block_table=table, seqused_k=int32())
+    assert out.shape == none.shape
+
+
+def test_an_op_refuses_a_table_of_another_rank():
+    q, k, v = tensors()
+    pages = in_pages(k, v, 16, LENGTHS)
+    arguments = [pages.block_table[0] if x is pages.block_table else x for x in op_arguments(q, pages, LENGTHS)]
+    refused(ValueError, "block_table has 1 dimensions, expected 2", ops.call, ops.fwd, *arguments)
+
+
 def test_entries_that_do_not_exist_are_named():
     q, k, v = tensors(B=2)
     message = "cache_batch_idx[1] is 2, expected 0 to 1: k and v have 2 entries"

@@ -29,7 +29,7 @@ static fad_status check_layout(const fad_attn_problem *p) {
     REQUIRE(!p->cu_seqlens_k || !p->block_table, "block_table and cu_seqlens_k are given, expected one of them");
     REQUIRE(p->block_table || !p->cu_seqlens_q == !p->cu_seqlens_k,
             "only one of cu_seqlens_q and cu_seqlens_k is given, expected both or none");
-    REQUIRE(!p->block_table || !p->cu_seqlens_q || p->seqused_k,
+    REQUIRE(!p->block_table || !p->cu_seqlens_q || p->seqused_k || p->B == 0,
             "block_table and cu_seqlens_q are given without seqused_k, expected the number of keys of each sequence");
     REQUIRE(!p->cu_seqlens_k || !p->leftpad_k, "leftpad_k is given for packed sequences, which have no padding");
     REQUIRE(!p->cu_seqlens_q || !p->cache_batch_idx, "cache_batch_idx is given for packed sequences, which need none");

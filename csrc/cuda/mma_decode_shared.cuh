@@ -8,7 +8,7 @@
 #include "mma_values.cuh"
 #include "work.cuh"
 
-constexpr int DECODE_ROWS = 16, DECODE_ITEMS = 2;                   /* items: the present one, and the next */
+constexpr int DECODE_ROWS = 16;
 constexpr int UNIT_KEYS = 16, BLOCK_UNITS = BLOCK_KEYS / UNIT_KEYS; /* a unit: the keys of one step */
 constexpr int SLOT_KEYS = 64, BLOCK_SLOTS = BLOCK_KEYS / SLOT_KEYS; /* of K or V in a slot of the ring */
 constexpr int ROLE_WARPS = 4, ROLE_THREADS = ROLE_WARPS * 32;       /* score warps; then as many value warps */

@@ -57,7 +57,7 @@ static fad_status count_resident(const Plan &plan, int *resident) {
     int of_one;
     TRY_CUDA(cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.device.shared_bytes));
     TRY_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_one, run, kernel.threads, kernel.shared_bytes));
-    *resident = of_one * plan.device.multiprocessors;
+    *resident = max(of_one, 1) * plan.device.multiprocessors; /* none: the launch says why */
     return FAD_OK;
 }
 
@@ -98,7 +98,7 @@ static fad_status check_rows(const char *name, const fad_view &view, int64_t ent
 
 /* Kernels count the rows of a sequence in 32 bits. */
 static fad_status check_lengths(const fad_attn_problem *p) {
-    constexpr int64_t MOST = INT32_MAX - 8 * FAD_MMA_BLOCK_KV; /* copies go a little past the end */
+    constexpr int64_t MOST = INT32_MAX - 33 * FAD_MMA_BLOCK_KV; /* copies, and the pages asked for, go past the end */
     return p->Sq <= MOST && p->Sk <= MOST
                ? FAD_OK
                : fad_core->fail(FAD_UNSUPPORTED,

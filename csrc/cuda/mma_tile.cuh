@@ -1,9 +1,7 @@
-/* The generic tile kernel of the mma family: mma.sync and cp.async, for compute
- * capability 8.0 and above.
+/* The generic tile kernel of the mma family: mma.sync and cp.async, for compute capability 8.0 and above.
  *
- * A thread block takes a tile of ROWS packed query rows; each of its warps owns
- * 16 of them and walks the blocks of keys that some row sees. K and V have one
- * buffer each: while the scores are computed V is on its way, and K of the next
+ * A thread block takes a tile of ROWS packed query rows; each of its warps owns 16 of them and walks the blocks of keys
+ * that some row sees. K and V have one buffer each: while the scores are computed V is on its way, and K of the next
  * block during softmax and values. */
 #ifndef FAD_CUDA_MMA_TILE_CUH
 #define FAD_CUDA_MMA_TILE_CUH
@@ -76,8 +74,7 @@ template <class S> struct MmaWarp {
         }
     }
 
-    /* N4 to N7: from scores to the a operands of the values step; O and l meet
-   * the references' move. */
+    /* N4 to N7: from scores to the a operands of the values step; O and l meet the references' move. */
     __device__ __forceinline__ void softmax(ScoreTile &s, int block, bool partial, ProbabilityFragments &a) {
         float x_max[2], alpha[2];
         if (!rule.plain)
@@ -111,8 +108,8 @@ template <class S> struct MmaWarp {
             }
     }
 
-    /* The end of a split: o and the shared totals become those of all splits so
-   * far. rest: where the O of the splits before rests, if there are any. */
+    /* The end of a split: o and the shared totals become those of all splits so far. rest: where the O of the splits
+     * before rests, if there are any. */
     __device__ __forceinline__ void close_split(bool fold, const float4 *rest) {
         const int lane = threadIdx.x % 32, r = first + lane / 4;
         RowPair part;
@@ -216,7 +213,7 @@ __global__ void __launch_bounds__(S::THREADS, S::RESIDENT)
     mma_tile_kernel(const __grid_constant__ fad_attn_problem p, const __grid_constant__ Work work) {
     extern __shared__ __align__(128) char shared_memory[];
     MmaTileShared<S> &sm = *(MmaTileShared<S> *)shared_memory;
-    for (int64_t number = first_item(work); number < work.n_items; number = next_item(work, &sm.number)) {
+    for (int64_t number = blockIdx.x; number < work.n_items; number = next_item(work, &sm.number)) {
         if (share_item(p, work, S::ROWS, number, sm.t, sm.range))
             mma_tile_item<S>(p, work, sm);
     }

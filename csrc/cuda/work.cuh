@@ -14,8 +14,6 @@ struct Work {
     fad_partials partials; /* null unless splits are spilled */
 };
 
-static __device__ __forceinline__ int64_t first_item(const Work &) { return blockIdx.x; }
-
 /* The next item of this thread block, taken by one warp. */
 static __device__ __forceinline__ int64_t take_item(const Work &work) {
     unsigned long long taken = 0;
@@ -55,7 +53,8 @@ struct KeyRange {
 /* More than any sequence has: positions are below 2^33. */
 constexpr int64_t MOST_SPLITS = INT64_C(1) << 27;
 
-/* To range, in shared memory: what some row of the tile sees: of all splits, or of those from .. to - 1, counted from the sequence's first. */
+/* Writes to shared memory what some row of the tile sees, of all splits, or of those from .. to - 1, counted from the
+ * sequence's first. */
 static __device__ void set_key_range(const fad_attn_problem &p, const Tile &t, int64_t from, int64_t to,
                                      KeyRange &range) {
     const int64_t first_split = fad_partition_first(t.seq.span.k_pos, p.split_size);
@@ -108,26 +107,6 @@ static __device__ bool share_item(const fad_attn_problem &p, const Work &work, i
     __syncthreads(); /* tile and range may be read */
     return t.exists;
 }
-
-/* A range's blocks in chunks that never cross a split (N3). */
-struct Chunk {
-    int first, blocks; /* no blocks: the end */
-    int to_split_end;
-
-    __device__ Chunk(const KeyRange &range, int most) : first(0), to_split_end(range.to_split_end) {
-        blocks = min(min(range.blocks, to_split_end), most);
-    }
-    __device__ __forceinline__ bool ends_split(const KeyRange &range) const {
-        return blocks == to_split_end || first + blocks == range.blocks;
-    }
-    __device__ __forceinline__ void advance(const KeyRange &range, int most) {
-        first += blocks;
-        to_split_end -= blocks;
-        if (to_split_end == 0)
-            to_split_end = range.split_blocks;
-        blocks = min(min(range.blocks - first, to_split_end), most);
-    }
-};
 
 /* A position in a ring of buffers, and whether it has gone round an odd number of times. */
 struct Ring {

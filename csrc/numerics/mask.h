@@ -40,7 +40,7 @@ FAD_FN fad_tile fad_tile_kind(const fad_span *s, int64_t first, int64_t last, in
     return z.lo <= lo && hi <= a.hi ? FAD_TILE_FULL : FAD_TILE_PARTIAL;
 }
 
-/* a / b, neither negative. On a GPU the division of 64 bits is a call of a hundred instructions, that of 32 bits a tenth
+/* a / b, b positive. On a GPU the division of 64 bits is a call of a hundred instructions, that of 32 bits a tenth
  * of it, and most numbers are small. */
 FAD_FN int64_t fad_quotient(int64_t a, int64_t b) {
 #ifdef __CUDA_ARCH__

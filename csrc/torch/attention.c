@@ -96,6 +96,7 @@ static fad_status set_views(fad_torch_call *call) {
     const int64_t *q = t[ARG_Q].sizes + !packed;
     p->B = packed ? (offsets_q > 0 ? offsets_q : offsets_k) - 1 : t[ARG_Q].sizes[0];
     p->Sq = q[0], p->Hq = q[1], p->D = q[2];
+    TRY(fad_torch_check_table(call, &t[ARG_BLOCK_TABLE]));
     if (fad_torch_is_paged(&t[ARG_BLOCK_TABLE]) || t[ARG_CACHE_BATCH_IDX].numel > 0)
         TRY(set_cache(call));
     else

@@ -92,6 +92,7 @@ typedef struct fad_torch_cache {
 fad_status fad_torch_get_cache(fad_torch_call *call, const fad_torch_tensor *kv, const fad_torch_tensor *places,
                                int64_t B, fad_torch_cache *cache);
 static inline int fad_torch_is_paged(const fad_torch_tensor *block_table) { return block_table->ndim == 2; }
+fad_status fad_torch_check_table(fad_torch_call *call, const fad_torch_tensor *block_table);
 
 /* Allocates contiguous result number index, in the dtype. */
 fad_status fad_torch_make_result(fad_torch_call *call, int index, int64_t ndim, const int64_t *sizes, int32_t dtype,

@@ -93,9 +93,16 @@ static fad_status get_pages(fad_torch_call *call, const fad_torch_tensor *table,
     return FAD_OK;
 }
 
+fad_status fad_torch_check_table(fad_torch_call *call, const fad_torch_tensor *table) {
+    REQUIRE(call, fad_torch_is_paged(table) || (table->ndim == 1 && table->numel == 0),
+            "%s has %lld dimensions, expected 2", table->name, LL(table->ndim));
+    return FAD_OK;
+}
+
 fad_status fad_torch_get_cache(fad_torch_call *call, const fad_torch_tensor *kv, const fad_torch_tensor *places,
                                int64_t B, fad_torch_cache *cache) {
     const fad_torch_tensor *k = &kv[0], *v = &kv[1], *batch_idx = &places[0], *table = &places[1];
+    TRY(fad_torch_check_table(call, table));
     TRY(fad_torch_get_view(call, k, 0, &cache->k));
     TRY(fad_torch_get_view(call, v, 0, &cache->v));
     TRY(fad_torch_get_ints(call, batch_idx, B, &cache->cache_batch_idx));
