@@ -173,9 +173,9 @@ FAD_API fad_status fad_attn_check(const fad_attn_problem *problem);
  * B + 2 offsets and, where there are fewer tiles than the threads can use, states of the compute type for about eight
  * splits a thread. On a CUDA device num_threads does not count. Where few rows meet a long cache:
  * one state per split and row; in the mma family never more than K and V, in the fma family with head dims of 128 and the
- * default split size at most half of them. Else, for 16-bit out with several splits: fma, fp32 [rows, Hq, Dv]; mma, 64
- * bytes and at most one fp32 tile of 64 to 192 rows for each thread block that the device holds at once. Else next to
- * nothing. */
+ * default split size at most half of them. Else, for 16-bit out with several splits: fma, fp32 [rows, Hq, Dv]; mma, at
+ * most one fp32 tile of 64 or 128 rows for each thread block that the device holds at once. The mma family takes 64 bytes
+ * more. Else next to nothing. */
 FAD_API fad_status fad_attn_workspace(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes);
 FAD_API fad_status fad_attn_forward(const fad_attn_problem *problem, const fad_runtime *runtime);
 

@@ -110,16 +110,14 @@ template <int ROWS> struct RowTable {
     }
     __device__ __forceinline__ RowView operator[](int r) const { return {lo[r], hi[r], pos[r], slope[r]}; }
 
-    /* N5 and N4 for a block of a warp's rows, the first of which is `first`. HALVES is 1 where a warp has only the
-     * rows g. */
-    template <int HALVES = 2>
+    /* N5 and N4 for a block of a warp's rows, the first of which is `first`. */
     __device__ __forceinline__ void apply_options(ScoreTile &s, const ScoreRule &rule, int first, int block) const {
         const int g = first + threadIdx.x % 32 / 4;
-        ::apply_options(s, (*this)[g], (*this)[HALVES == 2 ? g + 8 : g], rule, block);
+        ::apply_options(s, (*this)[g], (*this)[g + 8], rule, block);
     }
-    template <int HALVES = 2> __device__ __forceinline__ void mask(ScoreTile &s, int first, int block) const {
+    __device__ __forceinline__ void mask(ScoreTile &s, int first, int block) const {
 #pragma unroll
-        for (int half = 0; half < HALVES; half++)
+        for (int half = 0; half < 2; half++)
             (*this)[first + threadIdx.x % 32 / 4 + half * 8].mask(s, half, block);
     }
 
@@ -130,9 +128,9 @@ template <int ROWS> struct RowTable {
 };
 
 /* The largest score of rows g and g + 8; NaN does not count. */
-template <int HALVES> static __device__ __forceinline__ void row_maxima(const ScoreTile &s, float (&x_max)[HALVES]) {
+static __device__ __forceinline__ void row_maxima(const ScoreTile &s, float (&x_max)[2]) {
 #pragma unroll
-    for (int half = 0; half < HALVES; half++) {
+    for (int half = 0; half < 2; half++) {
         float of[4]; /* so that they do not wait for each other */
 #pragma unroll
         for (int n = 0; n < KEY_TILES; n++) {
@@ -156,24 +154,24 @@ typedef unsigned ProbabilityFragments[BLOCK_KEYS / 16][4];
 
 /* N6: p of scores s, in their place. argument(x, half) is what exp2 gets. meanwhile(n): something else to compute for
  * each n8 tile, because the unit that does exp2 takes an instruction every eight cycles. */
-template <int HALVES, class Argument, class Meanwhile>
+template <class Argument, class Meanwhile>
 static __device__ __forceinline__ void exponentiate(ScoreTile &s, Argument argument, Meanwhile meanwhile) {
 #pragma unroll
     for (int n = 0; n < KEY_TILES; n++) {
 #pragma unroll
-        for (int e = 0; e < 2 * HALVES; e++)
+        for (int e = 0; e < 4; e++)
             s[n][e] = ex2(argument(s[n][e], e / 2));
         meanwhile(n);
     }
 }
 
 /* N7: p rounded to the input type. */
-template <fad_dtype T, int HALVES = 2>
+template <fad_dtype T>
 static __device__ __forceinline__ void round_probabilities(ProbabilityFragments &a, const ScoreTile &p) {
 #pragma unroll
     for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
-        for (int half = 0; half < HALVES; half++)
+        for (int half = 0; half < 2; half++)
             a[n / 2][n % 2 * 2 + half] = pack2<T>(p[n][2 * half], p[n][2 * half + 1]);
 }
 
@@ -270,9 +268,9 @@ struct References {
     template <class Meanwhile> __device__ __forceinline__ void apply(ScoreTile &s, float c, Meanwhile meanwhile) const {
         if (!far) {
             const float m[2] = {fad_f32_sub(r[0], FAD_F32_MAGIC), fad_f32_sub(r[1], FAD_F32_MAGIC)};
-            exponentiate<2>(s, [&](float x, int half) { return fad_f32_fma(x, c, -m[half]); }, meanwhile);
+            exponentiate(s, [&](float x, int half) { return fad_f32_fma(x, c, -m[half]); }, meanwhile);
         } else {
-            exponentiate<2>(s, [&](float x, int half) { return far_argument(x, c, r[half]); }, meanwhile);
+            exponentiate(s, [&](float x, int half) { return far_argument(x, c, r[half]); }, meanwhile);
         }
     }
 };
