@@ -2,7 +2,11 @@
 #include "fma_gradient.cuh"
 #include "host.cuh"
 
-enum { MOST_SLICES = FAD_MAX_HEAD_DIM / BLOCK };
+constexpr int MOST_SLICES = FAD_MAX_HEAD_DIM / BLOCK;
+constexpr size_t STATIC_SHARED = 1024; /* more than a kernel's shared memory beside what its launch asks for */
+static_assert(STATIC_SHARED > sizeof(GradientTile) + 4 * sizeof(GradientMatrix), "it holds what the kernels have");
+
+static size_t most_shared(const Device &device) { return (size_t)device.shared_bytes - STATIC_SHARED; }
 
 /* Bytes of a pass's shared memory where its sums, of as many dims, are cut into slices. */
 static size_t weigh_bytes() { return GradientShared::bytes(0); }
@@ -16,7 +20,7 @@ static size_t row_bytes(const fad_attn_problem *p, int slices) {
 /* The fewest slices that the device's shared memory holds: every slice computes the scores again. */
 static fad_status choose_slices(const fad_attn_problem *p, size_t (*bytes)(const fad_attn_problem *, int),
                                 const Device &device, int *slices) {
-    const size_t most = (size_t)device.shared_bytes - sizeof(GradientTile);
+    const size_t most = most_shared(device);
     for (*slices = 1; *slices < MOST_SLICES && bytes(p, *slices) > most;)
         *slices *= 2;
     return bytes(p, *slices) <= most
@@ -50,8 +54,7 @@ static fad_status clear(const fad_attn_problem *p, const fad_view &view, const i
 
 static fad_status run_pass(void (*kernel)(GradientCall), int64_t tiles, size_t shared, const Device &device,
                            const GradientCall &call, void *stream) {
-    const size_t most = (size_t)device.shared_bytes - sizeof(GradientTile);
-    return launch(kernel, tiles * call.slices, THREADS, shared, stream, {most, false}, call);
+    return launch(kernel, tiles * call.slices, THREADS, shared, stream, {most_shared(device), false}, call);
 }
 
 static fad_status sum_sink_gradients(const GradientCall &call, float *d_sinks, void *stream) {

@@ -62,9 +62,10 @@ static __global__ void __launch_bounds__(THREADS, 2) weigh_rows(const __grid_con
     const fad_attn_problem &p = call.p;
     if (!share_gradient_tile<ByRows>(call, blockIdx.x, t))
         return;
-    const GradientMatrix q(p.q, p.D, t.seq.q, t.head, p.dtype), out(p.out, p.Dv, t.seq.out, t.head, p.dtype);
-    const GradientMatrix k(p.k, p.D, t.seq.k, t.head / fad_group(&p), p.dtype);
-    const GradientMatrix dout(call.g.out, p.Dv, t.gradient.out, t.head, p.dtype);
+    const GradientMatrix q = matrix_of(p.q, p.dtype, p.D, t.seq.q, t.head);
+    const GradientMatrix out = matrix_of(p.out, p.dtype, p.Dv, t.seq.out, t.head);
+    const GradientMatrix k = matrix_of(p.k, p.dtype, p.D, t.seq.k, t.head / fad_group(&p));
+    const GradientMatrix dout = matrix_of(call.g.out, p.dtype, p.Dv, t.gradient.out, t.head);
     GradientStep step(call, t, shared_memory);
     step.set_rows(t.block * BLOCK, t.head, false);
     __syncthreads(); /* the rows may be read */
@@ -99,11 +100,15 @@ static __global__ void __launch_bounds__(THREADS, 2) weigh_rows(const __grid_con
 static __global__ void __launch_bounds__(THREADS, 2) key_gradients(const __grid_constant__ GradientCall call) {
     extern __shared__ __align__(16) int64_t shared_memory[];
     __shared__ GradientTile t;
+    __shared__ GradientMatrix k, v, q, dout; /* shared, because registers are scarce */
     const fad_attn_problem &p = call.p;
     const int slice = (int)(blockIdx.x % call.slices);
     if (!share_gradient_tile<ByKeys>(call, blockIdx.x / call.slices, t))
         return;
-    const GradientMatrix k(p.k, p.D, t.seq.k, t.head, p.dtype), v(p.v, p.Dv, t.seq.v, t.head, p.dtype);
+    if (threadIdx.x == 0) {
+        k = matrix_of(p.k, p.dtype, p.D, t.seq.k, t.head);
+        v = matrix_of(p.v, p.dtype, p.Dv, t.seq.v, t.head);
+    }
     GradientStep step(call, t, shared_memory);
     GradientSums dk(step.sm.sums, p.D, slice, call.slices);
     GradientSums dv(step.sm.sums + BLOCK * dk.ld, p.Dv, slice, call.slices);
@@ -111,10 +116,12 @@ static __global__ void __launch_bounds__(THREADS, 2) key_gradients(const __grid_
     const int64_t group = fad_group(&p), lo = t.block * BLOCK;
     dk.clear();
     dv.clear();
-    __syncthreads(); /* the sums may be read */
+    __syncthreads(); /* k, v and the sums may be read */
     for (int64_t h = t.head * group; h < (t.head + 1) * group; h++) {
-        const GradientMatrix q(p.q, p.D, t.seq.q, h, p.dtype);
-        const GradientMatrix dout(call.g.out, p.Dv, t.gradient.out, h, p.dtype);
+        if (threadIdx.x == 0) { /* they are read between the barriers of a step */
+            q = matrix_of(p.q, p.dtype, p.D, t.seq.q, h);
+            dout = matrix_of(call.g.out, p.dtype, p.Dv, t.gradient.out, h);
+        }
         for (int64_t first = 0; first < span.n_q; first += BLOCK) {
             const int64_t last = min(first + BLOCK, span.n_q) - 1;
             if (fad_tile_kind(&span, first, last, lo, lo + BLOCK) == FAD_TILE_SKIP)
@@ -155,9 +162,10 @@ static __global__ void __launch_bounds__(THREADS, 2) row_gradients(const __grid_
     if (!share_gradient_tile<ByRows>(call, blockIdx.x / call.slices, t))
         return;
     const int64_t head_k = t.head / fad_group(&p);
-    const GradientMatrix q(p.q, p.D, t.seq.q, t.head, p.dtype), k(p.k, p.D, t.seq.k, head_k, p.dtype);
-    const GradientMatrix v(p.v, p.Dv, t.seq.v, head_k, p.dtype);
-    const GradientMatrix dout(call.g.out, p.Dv, t.gradient.out, t.head, p.dtype);
+    const GradientMatrix q = matrix_of(p.q, p.dtype, p.D, t.seq.q, t.head);
+    const GradientMatrix k = matrix_of(p.k, p.dtype, p.D, t.seq.k, head_k);
+    const GradientMatrix v = matrix_of(p.v, p.dtype, p.Dv, t.seq.v, head_k);
+    const GradientMatrix dout = matrix_of(call.g.out, p.dtype, p.Dv, t.gradient.out, t.head);
     GradientStep step(call, t, shared_memory);
     GradientSums dq(step.sm.sums, p.D, slice, call.slices);
     dq.clear();

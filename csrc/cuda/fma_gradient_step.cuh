@@ -65,7 +65,7 @@ struct GradientShared {
 };
 
 /* Four values of a row in fp32 from dim d on, zeros from dim n on. aligned: as rows_aligned says. */
-__device__ inline float4 widen_four(const char *row, int64_t d, int64_t n, fad_dtype dtype, bool aligned) {
+__device__ inline float4 widen_four(const char *row, int d, int n, fad_dtype dtype, bool aligned) {
     const int bytes = dtype == FAD_FLOAT32 ? 4 : 2;
     if (aligned && d < n)
         return widen4(row + d * bytes, dtype);
@@ -77,16 +77,13 @@ __device__ inline float4 widen_four(const char *row, int64_t d, int64_t n, fad_d
     return x;
 }
 
-/* A tensor of which BLOCK rows are read at a time: n dims of rows of one sequence and head. */
+/* The rows of one sequence and head in a tensor, of which BLOCK are read at a time. */
 struct GradientMatrix {
-    const fad_view &view;
-    int64_t n, first, head; /* first: element where the sequence starts */
+    const char *data; /* row 0 */
+    int64_t row_bytes;
+    int n; /* dims */
     fad_dtype dtype;
     bool aligned;
-
-    __device__ GradientMatrix(const fad_view &view, int64_t n, int64_t first, int64_t head, fad_dtype dtype)
-        : view(view), n(n), first(first), head(head), dtype(dtype),
-          aligned(rows_aligned(view, dtype == FAD_FLOAT32 ? 4 : 2, n)) {}
 
     /* to[r][d] = dim chunk * BLOCK + d of row from + r, in fp32; zeros where exists(r) is false, and behind dim n. */
     template <class Exists> __device__ void load(float *to, int chunk, int64_t from, Exists exists) const {
@@ -95,12 +92,18 @@ struct GradientMatrix {
         for (int r = threadIdx.x / GRID; r < BLOCK; r += GRID) {
             float4 x = {0, 0, 0, 0};
             if (exists(r))
-                x = widen_four(element(view, dtype == FAD_FLOAT32 ? 4 : 2, first, from + r, head), chunk * BLOCK + d, n,
-                               dtype, aligned);
+                x = widen_four(data + (from + r) * row_bytes, chunk * BLOCK + d, n, dtype, aligned);
             *(float4 *)(to + r * CHUNK_LD + d) = x;
         }
     }
 };
+
+/* first: element where the sequence starts. */
+static __device__ GradientMatrix matrix_of(const fad_view &view, fad_dtype dtype, int64_t n, int64_t first,
+                                           int64_t head) {
+    const int64_t bytes = dtype == FAD_FLOAT32 ? 4 : 2;
+    return {element(view, bytes, first, 0, head), view.stride_s * bytes, (int)n, dtype, rows_aligned(view, bytes, n)};
+}
 
 struct GradientStep {
     const GradientCall &call;
@@ -174,9 +177,9 @@ struct GradientStep {
         for (int chunk = 0; chunk < chunks_of(rows.n); chunk++) {
             load_rows_of(rows, chunk);
             load_keys_of(keys, chunk);
-            __syncthreads();                                                   /* a and b may be read */
-            const int dims = (int)min(rows.n - chunk * BLOCK, (int64_t)BLOCK); /* behind them are zeros */
-#pragma unroll 2
+            __syncthreads();                                     /* a and b may be read */
+            const int dims = min(rows.n - chunk * BLOCK, BLOCK); /* behind them are zeros */
+#pragma unroll 1
             for (int d = 0; d < dims; d += 4) {
                 float4 k[EDGE];
 #pragma unroll
