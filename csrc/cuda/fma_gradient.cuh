@@ -66,7 +66,7 @@ static __global__ void __launch_bounds__(THREADS, 2) weigh_rows(const __grid_con
     const GradientMatrix out = matrix_of(p.out, p.dtype, p.Dv, t.seq.out, t.head);
     const GradientMatrix k = matrix_of(p.k, p.dtype, p.D, t.seq.k, t.head / fad_group(&p));
     const GradientMatrix dout = matrix_of(call.g.out, p.dtype, p.Dv, t.gradient.out, t.head);
-    GradientStep step(call, t, shared_memory);
+    GradientStep step(call, t, shared_memory, ScoresOver::KEYS);
     step.set_rows(t.block * BLOCK, t.head, false);
     __syncthreads(); /* the rows may be read */
     const float delta = chain_delta(step, dout, out);
@@ -78,7 +78,7 @@ static __global__ void __launch_bounds__(THREADS, 2) weigh_rows(const __grid_con
         step.dot(q, k, e);
         step.exponentials(e);
         step.publish_by_key(e);
-        __syncthreads(); /* x may be read; it is overwritten behind the barriers of the next dot products */
+        __syncthreads(); /* x may be read; it is overwritten behind the barrier of the next set_keys */
         if (threadIdx.x < BLOCK)
             for (int j = 0; j < BLOCK; j++)
                 sum = fad_f32_add(sum, step.sm.x[j * CHUNK_LD + threadIdx.x]);
@@ -109,7 +109,7 @@ static __global__ void __launch_bounds__(THREADS, 2) key_gradients(const __grid_
         k = matrix_of(p.k, p.dtype, p.D, t.seq.k, t.head);
         v = matrix_of(p.v, p.dtype, p.Dv, t.seq.v, t.head);
     }
-    GradientStep step(call, t, shared_memory);
+    GradientStep step(call, t, shared_memory, ScoresOver::KEYS);
     GradientSums dk(step.sm.sums, p.D, slice, call.slices);
     GradientSums dv(step.sm.sums + BLOCK * dk.ld, p.Dv, slice, call.slices);
     const fad_span &span = t.seq.span;
@@ -166,7 +166,7 @@ static __global__ void __launch_bounds__(THREADS, 2) row_gradients(const __grid_
     const GradientMatrix k = matrix_of(p.k, p.dtype, p.D, t.seq.k, head_k);
     const GradientMatrix v = matrix_of(p.v, p.dtype, p.Dv, t.seq.v, head_k);
     const GradientMatrix dout = matrix_of(call.g.out, p.dtype, p.Dv, t.gradient.out, t.head);
-    GradientStep step(call, t, shared_memory);
+    GradientStep step(call, t, shared_memory, ScoresOver::ROWS);
     GradientSums dq(step.sm.sums, p.D, slice, call.slices);
     dq.clear();
     step.set_rows(t.block * BLOCK, t.head, true);

@@ -43,7 +43,9 @@ struct GradientSums {
     }
 };
 
-/* Shared memory of one thread block. */
+/* Shared memory of one thread block. x lies over the one of a and b that the step's sums do not read: both are dead once
+ * their dot products are there. */
+enum class ScoresOver { ROWS, KEYS };
 struct GradientShared {
     int64_t *lo, *hi, *pos;            /* [BLOCK] positions that a row sees, and its own */
     float *a, *b, *x;                  /* [BLOCK][CHUNK_LD] rows; keys; probabilities or gradients of scores */
@@ -52,13 +54,13 @@ struct GradientShared {
     float *sums;
 
     static __host__ __device__ size_t bytes(size_t sum_floats) {
-        return 3 * BLOCK * sizeof(int64_t) + (3 * MATRIX + 4 * BLOCK + sum_floats) * sizeof(float) +
+        return 3 * BLOCK * sizeof(int64_t) + (2 * MATRIX + 4 * BLOCK + sum_floats) * sizeof(float) +
                BLOCK * sizeof(int);
     }
-    __device__ explicit GradientShared(void *memory) {
+    __device__ GradientShared(void *memory, ScoresOver over) {
         lo = (int64_t *)memory, hi = lo + BLOCK, pos = hi + BLOCK;
-        a = (float *)(pos + BLOCK), b = a + MATRIX, x = b + MATRIX;
-        m = x + MATRIX, weight = m + BLOCK, delta = weight + BLOCK, slope = delta + BLOCK;
+        a = (float *)(pos + BLOCK), b = a + MATRIX, x = over == ScoresOver::ROWS ? a : b;
+        m = b + MATRIX, weight = m + BLOCK, delta = weight + BLOCK, slope = delta + BLOCK;
         present = (int *)(slope + BLOCK);
         sums = (float *)(present + BLOCK);
     }
@@ -115,8 +117,8 @@ struct GradientStep {
     int64_t first_row = 0, block_lo = 0; /* of the step: its first row, and the position of its first key */
     bool partial = false;                /* whether some pair of the step is no term */
 
-    __device__ GradientStep(const GradientCall &call, const GradientTile &tile, void *memory)
-        : call(call), t(tile), sm(memory) {
+    __device__ GradientStep(const GradientCall &call, const GradientTile &tile, void *memory, ScoresOver over)
+        : call(call), t(tile), sm(memory, over) {
         const fad_attn_problem &p = call.p;
         c = fad_f32_score_factor(p.scale, p.softcap > 0 || p.alibi_slopes, &plain);
         scaled = (float)(p.softcap > 0 ? p.scale / p.softcap : p.scale);
