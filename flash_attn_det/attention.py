@@ -134,7 +134,7 @@ def _arguments(
         raise NotImplementedError(f"q is on {q.device}: flash_attn_det has kernels for cpu and cuda")
     rank = 4 if cu_seqlens is None else 3
     has_gradient = (
-        differentiable and q.device.type != "cuda" and arithmetic in ("auto", "fma")
+        differentiable and q.device.type != "cuda" and arithmetic in ("auto", "fma", "mma_sm90", "mma_sm80")
         and block_table is None and cache_batch_idx is None
     )  # fmt: skip
     q = _rows("q", q, q, rank, has_gradient=has_gradient)

@@ -74,6 +74,8 @@ static fad_status make_plan(const fad_attn_problem *p, int32_t num_threads, plan
 
 fad_status fad_cpu_backward_workspace(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes) {
     plan n;
+    if (fad_is_emulated(problem))
+        return fad_cpu_mma_backward_workspace(problem, num_threads, bytes);
     const fad_status status = make_plan(problem, num_threads, &n);
     if (status == FAD_OK)
         *bytes = n.offsets_bytes + 2 * n.rows_bytes + n.sink_bytes + (size_t)num_threads * n.scratch_bytes;
@@ -183,7 +185,7 @@ static void clear_rows(const fad_view *view, fad_dtype dtype, int64_t start, int
 }
 
 /* Rows of dq, dk and dv that no sequence uses. */
-static void clear_unused(const fad_attn_problem *g) {
+void fad_cpu_clear_unused(const fad_attn_problem *g) {
     for (int64_t b = 0; b < fad_sequence_count(g); b++) {
         const fad_sequence s = fad_get_sequence(g, b);
         int64_t first;
@@ -196,19 +198,18 @@ static void clear_unused(const fad_attn_problem *g) {
     }
 }
 
-/* N13: sequences ascending. */
-static void sum_sinks(const call *c, void *d_sinks) {
-    const int64_t H = c->problem->Hq, sequences = fad_sequence_count(c->problem);
+void fad_cpu_sum_sinks(const fad_attn_problem *p, const void *sums, void *d_sinks) {
+    const int64_t H = p->Hq, sequences = fad_sequence_count(p);
     const fenv_t caller = fad_cpu_enter_contract();
     for (int64_t h = 0; h < H; h++) {
         double sum64 = 0;
         float sum32 = 0;
         for (int64_t b = 0; b < sequences; b++)
-            if (c->problem->dtype == FAD_FLOAT64)
-                sum64 = fad_f64_add(sum64, ((const double *)(void *)c->sinks)[b * H + h]);
+            if (p->dtype == FAD_FLOAT64)
+                sum64 = fad_f64_add(sum64, ((const double *)sums)[b * H + h]);
             else
-                sum32 = fad_f32_add(sum32, ((const float *)(void *)c->sinks)[b * H + h]);
-        if (c->problem->dtype == FAD_FLOAT64)
+                sum32 = fad_f32_add(sum32, ((const float *)sums)[b * H + h]);
+        if (p->dtype == FAD_FLOAT64)
             ((double *)d_sinks)[h] = fad_f64_finish_gradient(sum64, 1);
         else
             ((float *)d_sinks)[h] = fad_f32_finish_gradient(sum32, 1);
@@ -217,17 +218,17 @@ static void sum_sinks(const call *c, void *d_sinks) {
 }
 
 fad_status fad_cpu_backward(const fad_attn_problem *p, const fad_attn_gradients *gradients, const fad_runtime *r) {
-    call c = {.problem = p, .gradient = *p, .first_item = r->workspace};
+    call c = {.problem = p, .gradient = fad_cpu_gradient_problem(p, gradients), .first_item = r->workspace};
+    if (fad_is_emulated(p))
+        return fad_cpu_mma_backward(p, gradients, r);
     const fad_status status = make_plan(p, r->num_threads, &c.plan);
     if (status != FAD_OK)
         return status;
-    c.gradient.q = gradients->dq, c.gradient.k = gradients->dk, c.gradient.v = gradients->dv;
-    c.gradient.out = gradients->dout, c.gradient.lse = gradients->dlse;
     c.delta = (char *)r->workspace + c.plan.offsets_bytes;
     c.weight = c.delta + c.plan.rows_bytes;
     c.sinks = c.weight + c.plan.rows_bytes;
     c.scratch = c.sinks + c.plan.sink_bytes;
-    clear_unused(&c.gradient);
+    fad_cpu_clear_unused(&c.gradient);
     run_pass(&c, PASS_WEIGH, r);
     if (c.plan.one_pass) {
         run_pass(&c, PASS_ALL, r);
@@ -237,7 +238,7 @@ fad_status fad_cpu_backward(const fad_attn_problem *p, const fad_attn_gradients 
     }
     if (gradients->d_sinks) {
         fad_cpu_run(r, run_sink, &c, fad_sequence_count(p) * p->Hq, c.scratch, 0);
-        sum_sinks(&c, gradients->d_sinks);
+        fad_cpu_sum_sinks(p, c.sinks, gradients->d_sinks);
     }
     return FAD_OK;
 }
