@@ -1,6 +1,7 @@
-/* The CPU's scheduler of the backward. delta and weight of all rows come first; then either all gradients in one pass, a
- * unit of work being a kv head of a sequence, or dk and dv by tiles of keys and dq by tiles of rows, which computes scores
- * twice and keeps more threads busy. Everything here is free to change (N14): no decision reaches the arithmetic. */
+/* The CPU's scheduler of the backward. delta and weight of all rows come first (the mma family has no weight); then
+ * either all gradients in one pass, a unit of work being a kv head of a sequence, or dk and dv by tiles of keys and dq by
+ * tiles of rows, which computes scores twice and keeps more threads busy. Everything here is free to change (N14): no
+ * decision reaches the arithmetic. */
 #include "kernel.h"
 
 /* Sums of dq that one pass may keep for each thread. */
@@ -74,8 +75,6 @@ static fad_status make_plan(const fad_attn_problem *p, int32_t num_threads, plan
 
 fad_status fad_cpu_backward_workspace(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes) {
     plan n;
-    if (fad_is_emulated(problem))
-        return fad_cpu_mma_backward_workspace(problem, num_threads, bytes);
     const fad_status status = make_plan(problem, num_threads, &n);
     if (status == FAD_OK)
         *bytes = n.offsets_bytes + 2 * n.rows_bytes + n.sink_bytes + (size_t)num_threads * n.scratch_bytes;
@@ -219,8 +218,6 @@ void fad_cpu_sum_sinks(const fad_attn_problem *p, const void *sums, void *d_sink
 
 fad_status fad_cpu_backward(const fad_attn_problem *p, const fad_attn_gradients *gradients, const fad_runtime *r) {
     call c = {.problem = p, .gradient = fad_cpu_gradient_problem(p, gradients), .first_item = r->workspace};
-    if (fad_is_emulated(p))
-        return fad_cpu_mma_backward(p, gradients, r);
     const fad_status status = make_plan(p, r->num_threads, &c.plan);
     if (status != FAD_OK)
         return status;

@@ -184,4 +184,5 @@ static fad_status mma_partials(const fad_attn_problem *p, const fad_partials *pa
     return FAD_OK;
 }
 
-const fad_backend fad_cpu_mma_backend = {mma_workspace, mma_forward, mma_partials};
+const fad_backend fad_cpu_mma_backend = {mma_workspace, mma_forward, mma_partials, fad_cpu_mma_backward_workspace,
+                                         fad_cpu_mma_backward};
