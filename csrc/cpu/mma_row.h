@@ -45,7 +45,7 @@ static inline void load_row(const fad_attn_problem *p, fad_sequence seq, int64_t
     r->seen = fad_visible(&seq.span, i);
     r->c = fad_f32_score_factor(p->scale, p->softcap > 0 || p->alibi_slopes, &r->plain);
     r->scaled = (float)(p->softcap > 0 ? p->scale / p->softcap : p->scale);
-    if (p->alibi_slopes)
+    if (p->alibi_slopes && i < seq.span.n_q) /* rows behind the last sequence have no slope */
         r->slope = ((const float *)p->alibi_slopes)[seq.index * p->alibi_stride_b + h];
     for (int64_t d = 0; d < p->D; d++)
         r->q[d] = widen(values_of(&p->q, seq.q, i, h)[d], p->dtype);
