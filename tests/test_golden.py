@@ -15,7 +15,7 @@ import pytest
 import torch
 from cases import CASES, LARGE_CASES, normal
 from cuda_tools import ON_HOPPER, moved, needs_hopper
-from gradients import gradients
+from gradients import gradients, upstream
 
 import flash_attn_det as fad
 from flash_attn_det import _schedule
@@ -44,15 +44,20 @@ def hashes(cases=CASES, device="cpu"):
     return result
 
 
-def gradient_hashes():
-    """Of dq, dk, dv and d_sinks, by family and case."""
+def gradient_hashes(device="cpu"):
+    """Of dq, dk, dv and d_sinks, by family and case; on a GPU, which has no fp64, with its own tensor cores."""
     result = {}
     for case in CASES:
-        if case.name.removesuffix(f" {case.dtype}") in WITH_GRADIENTS:
-            qkv, keywords = case.inputs()
-            for arithmetic in ("fma", "mma_sm90") if case.dtype in ("fp16", "bf16") else ("fma",):
-                parts = gradients(*qkv, **keywords, arithmetic=arithmetic)
-                result[f"{arithmetic} {case.name}"] = digest(*parts)
+        if case.name.removesuffix(f" {case.dtype}") not in WITH_GRADIENTS or (
+            device == "cuda" and case.dtype == "fp64"
+        ):
+            continue
+        (q, k, v), keywords = case.inputs()
+        inputs = moved((q, k, v, upstream(q, v)), device)
+        for family in ("fma", "mma_sm90") if case.dtype in ("fp16", "bf16") else ("fma",):
+            arithmetic = "mma" if family == "mma_sm90" and device == "cuda" else family
+            parts = gradients(*inputs, **moved(keywords, device), arithmetic=arithmetic)
+            result[f"{family} {case.name}"] = digest(*parts)
     return result
 
 
@@ -104,6 +109,14 @@ def test_n13_golden_hashes_of_gradients_of_every_instruction_set(isa):
     assert list(actual) == list(expected)
     assert [name for name in expected if actual[name] != expected[name]] == []
     assert len(set(expected.values())) == len(expected) > 2 * len(WITH_GRADIENTS)
+
+
+@needs_hopper
+def test_n13_golden_hashes_of_gradients_of_hopper():
+    """Of both families: what the CPU recorded, for mma what it emulated."""
+    expected, actual = golden(GRADIENTS), gradient_hashes("cuda")
+    assert list(actual) == [name for name in expected if not name.endswith("fp64")]
+    assert [name for name in actual if actual[name] != expected[name]] == []
 
 
 def test_golden_hashes_notice_one_bit():
