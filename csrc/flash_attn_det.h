@@ -179,9 +179,10 @@ FAD_API fad_status fad_attn_check(const fad_attn_problem *problem);
 FAD_API fad_status fad_attn_workspace(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes);
 FAD_API fad_status fad_attn_forward(const fad_attn_problem *problem, const fad_runtime *runtime);
 
-/* The backward of a forward that left out and lse. fma family only; caches (block_table, cache_batch_idx) have none.
- * Slopes get no gradient. The workspace is of the order of B * Hq * Sq elements of the compute type; on the CPU also tiles
- * for each thread: packed rows and keys, and sums of dq for the rows of a tile, at most 4 MiB where that saves work. */
+/* The backward of a forward that left out and lse, of the same arithmetic; caches (block_table, cache_batch_idx) have
+ * none. Slopes get no gradient. The workspace is of the order of B * Hq * Sq elements of the compute type; on the CPU also
+ * tiles for each thread: packed rows and keys, and sums of dq for the rows of a tile, at most 4 MiB where that saves
+ * work. */
 FAD_API fad_status fad_attn_backward_workspace(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes);
 FAD_API fad_status fad_attn_backward(const fad_attn_problem *problem, const fad_attn_gradients *gradients,
                                      const fad_runtime *runtime);

@@ -134,7 +134,8 @@ def _arguments(
         raise NotImplementedError(f"q is on {q.device}: flash_attn_det has kernels for cpu and cuda")
     rank = 4 if cu_seqlens is None else 3
     has_gradient = (
-        differentiable and arithmetic in (("auto", "fma", "mma") if q.device.type == "cuda" else ("auto", "fma"))
+        differentiable
+        and arithmetic in ("auto", "fma", *(("mma",) if q.device.type == "cuda" else ("mma_sm90", "mma_sm80")))
         and block_table is None and cache_batch_idx is None
     )  # fmt: skip
     q = _rows("q", q, q, rank, has_gradient=has_gradient)
@@ -235,12 +236,12 @@ def attn(
     whose replays read the lengths anew. So the values of seqused_q, seqused_k, leftpad_k, k_pos and cu_seqlens, which
     are checked on the CPU, are not checked there. float64 is for the CPU.
 
-    In the fma family q, k, v, sinks and lse have gradients, with the same bits on a CPU and a GPU, and those of one
-    sequence do not depend on the rest of the call either (contract clauses N13 and N14); that of sinks sums over all
-    sequences. There are no second derivatives.
+    q, k, v, sinks and lse have gradients, whose bits for one sequence do not depend on the rest of the call either
+    (contract clauses N13 and N14); that of sinks sums over all sequences. In the fma family a CPU and a GPU give the same
+    bits. There are no second derivatives.
 
     Raises TypeError (types, dtypes), ValueError (shapes, ranges, devices), NotImplementedError (an input that requires
-    grad where there is no backward: alibi_slopes, mma families; a device or arithmetic without kernels),
+    grad where there is no backward: alibi_slopes, caches; a device or arithmetic without kernels),
     RuntimeError (the device refuses a launch).
     """
     arguments = _arguments(

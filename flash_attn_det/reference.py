@@ -565,6 +565,27 @@ def _varlen(compute, q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse, options):
     return (out, lse) if return_lse else out
 
 
+def _dense_backward(compute, q, k, v, out, lse, dout, dlse, leftpad_k, options):
+    """dq, dk, dv, d_sinks, where compute(sequence, saved) is the backward of one sequence."""
+    (B, Sq), Sk = q.shape[:2], k.shape[1]
+    skip = [0] * B if leftpad_k is None else leftpad_k.tolist()
+    rows = [range(b * Sq, (b + 1) * Sq) for b in range(B)]
+    keys = [range(b * Sk + skip[b], (b + 1) * Sk) for b in range(B)]
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    out, dout = out.flatten(0, 1), dout.flatten(0, 1)
+    lse, dlse = (None if x is None else x.transpose(0, 1).flatten(1, 2) for x in (lse, dlse))
+    dq, dk, dv = (torch.zeros_like(x) for x in flat)
+    d_sinks = None
+    for here, there, sequence in _sequences(*flat, rows, keys, **options):
+        saved = _Saved(out[here], lse[:, here], dout[here], None if dlse is None else dlse[:, here])
+        dq[here], dk[there], dv[there], dz = compute(sequence, saved)
+        d_sinks = dz if d_sinks is None else d_sinks + dz  # N13: sequences ascending
+    if options.get("sinks") is not None:
+        t = _FP64 if q.dtype == torch.float64 else _FP32
+        d_sinks = torch.zeros(q.shape[2], dtype=t.dtype) if d_sinks is None else _canonical(d_sinks + 0.0, t)
+    return dq.view_as(q), dk.view_as(k), dv.view_as(v), d_sinks
+
+
 def attn_reference(q, k, v, *, leftpad_k=None, return_lse=False, **options):
     """``attn`` by the contract, in plain torch: the same bits, on any device, thousands of times slower.
 
@@ -588,23 +609,7 @@ def attn_backward_reference(q, k, v, out, lse, dout, dlse=None, *, leftpad_k=Non
     them, dout and dlse their gradients, dlse None if lse has none. Returns dq, dk, dv in the shapes and dtype of q, k,
     v, and d_sinks [Hq] in the compute type, None without sinks. Raises what ``attn_reference`` does.
     """
-    (B, Sq), Sk = q.shape[:2], k.shape[1]
-    skip = [0] * B if leftpad_k is None else leftpad_k.tolist()
-    rows = [range(b * Sq, (b + 1) * Sq) for b in range(B)]
-    keys = [range(b * Sk + skip[b], (b + 1) * Sk) for b in range(B)]
-    flat = [x.flatten(0, 1) for x in (q, k, v)]
-    out, dout = out.flatten(0, 1), dout.flatten(0, 1)
-    lse, dlse = (None if x is None else x.transpose(0, 1).flatten(1, 2) for x in (lse, dlse))
-    dq, dk, dv = (torch.zeros_like(x) for x in flat)
-    d_sinks = None
-    for here, there, sequence in _sequences(*flat, rows, keys, **options):
-        saved = _Saved(out[here], lse[:, here], dout[here], None if dlse is None else dlse[:, here])
-        dq[here], dk[there], dv[there], dz = _reference_backward(sequence, saved)
-        d_sinks = dz if d_sinks is None else d_sinks + dz  # N13: sequences ascending
-    if options.get("sinks") is not None:
-        t = _FP64 if q.dtype == torch.float64 else _FP32
-        d_sinks = torch.zeros(q.shape[2], dtype=t.dtype) if d_sinks is None else _canonical(d_sinks + 0.0, t)
-    return dq.view_as(q), dk.view_as(k), dv.view_as(v), d_sinks
+    return _dense_backward(_reference_backward, q, k, v, out, lse, dout, dlse, leftpad_k, options)
 
 
 def attn_oracle(q, k, v, *, leftpad_k=None, return_lse=False, **options):

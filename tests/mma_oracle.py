@@ -2,7 +2,8 @@
 
 A matrix step is done in integers, as it was measured; exp2 of a probability is handed in, because only a GPU has the
 contract's (``gpu_exp2``). What the families share is not written again: where sequences lie, what a row sees, tanh, the
-running reference and a sink come from flash_attn_det.reference, the fold and the finish are merge_partials.
+running reference, a sink and sums in blocks come from flash_attn_det.reference, the fold and the finish are
+merge_partials.
 """
 
 from __future__ import annotations
@@ -89,21 +90,23 @@ def _fp32(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(x).float()
 
 
-def _scores(seq: reference._Sequence) -> tuple[torch.Tensor, torch.Tensor]:
-    """N5: x [Hq, n_q, n_k] and c."""
+def _scores(seq: reference._Sequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """N5: x [Hq, n_q, n_k], c, and tanh if there is softcap."""
     q, k, _ = (x.numpy() for x in seq.heads_first(torch.float64))
     x = _fp32(chain(q[:, :, None], k[:, None], np.zeros((*q.shape[:2], k.shape[1])), seq.q.dtype))
     c = _FP32.number(seq.scale * reference._LOG2E, x)
     if c > 0 and seq.softcap == 0 and seq.slopes is None:
-        return x, c
+        return x, c, None
+    tanh = None
     if seq.softcap > 0:
-        x = _FP32.number(seq.softcap, x) * reference._tanh(x * _FP32.number(seq.scale / seq.softcap, x), _FP32)
+        tanh = reference._tanh(x * _FP32.number(seq.scale / seq.softcap, x), _FP32)
+        x = _FP32.number(seq.softcap, x) * tanh
     else:
         x = x * _FP32.number(seq.scale, x)
     if seq.slopes is not None:
         query, key = seq.positions()
         x = reference._fma(-seq.slopes[:, None, None], (query[:, None] - key).abs().float(), x)
-    return x, _FP32.number(reference._LOG2E, x)
+    return x, _FP32.number(reference._LOG2E, x), tanh
 
 
 def lane_sums(p: torch.Tensor) -> torch.Tensor:
@@ -149,7 +152,7 @@ def _split(seq: reference._Sequence, x: torch.Tensor, c: torch.Tensor, first: in
 
 def _sequence(seq: reference._Sequence, exp2: Exp2) -> tuple[torch.Tensor, torch.Tensor]:
     """out [n_q, Hq, Dv] in the input dtype and lse [Hq, n_q] of one sequence."""
-    x, c = _scores(seq)
+    x, c, _ = _scores(seq)
     first, end = seq.first_key // seq.split_size * seq.split_size, seq.first_key + len(seq.k)
     states = [_split(seq, x, c, split, exp2) for split in range(first, end, seq.split_size)]
     nothing, no_reference = torch.zeros(*x.shape[:2], seq.v.shape[2]), torch.full(x.shape[:2], _FP32.sentinel)
@@ -168,3 +171,81 @@ def _sequence(seq: reference._Sequence, exp2: Exp2) -> tuple[torch.Tensor, torch
 def attn(q, k, v, *, exp2: Exp2 = gpu_exp2, leftpad_k=None, **options) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse of ``attn`` in the mma family on Hopper. Tensors on the CPU; keywords of ``attn``."""
     return reference._dense(functools.partial(_sequence, exp2=exp2), q, k, v, leftpad_k, True, options)
+
+
+# ---- the backward (N13) ----------------------------------------------------------------------------------------------
+
+
+def _float64(x: torch.Tensor) -> np.ndarray:
+    return x.double().numpy()
+
+
+def delta_of(out: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None) -> torch.Tensor:
+    """delta [..., n_q] of out and dout [..., n_q, Dv] in fp32: eight lanes, in turn eight dims each."""
+    lanes = [torch.zeros(out.shape[:-1]) for _ in range(8)]
+    for d in range(out.shape[-1]):
+        lane = d // 8 % 8
+        lanes[lane] = reference._fma(dout[..., d], out[..., d], lanes[lane])
+    low = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3])
+    delta = low + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]))
+    return delta if dlse is None else delta - dlse
+
+
+def _chain_over(
+    weights: torch.Tensor, values: np.ndarray, acc: np.ndarray, skip: int, dtype: torch.dtype
+) -> np.ndarray:
+    """acc [H, m, d] + a chain of steps of weights [H, m, n] and values [H, n, d]; the first step lacks skip terms."""
+    a = np.pad(_float64(weights), [(0, 0), (0, 0), (skip, 0)])
+    b = np.pad(values, [(0, 0), (skip, 0), (0, 0)]).swapaxes(1, 2)
+    return chain(a[:, :, None], b[:, None], acc, dtype)
+
+
+def _pairs(seq: reference._Sequence, saved: reference._Saved, exp2: Exp2) -> tuple[torch.Tensor, ...]:
+    """P and dS [Hq, n_q, n_k], rounded and 0 where there is no term; L, delta and what is a term's row [Hq, n_q]."""
+    x, c, tanh = _scores(seq)
+    v = seq.heads_first(torch.float64)[2].numpy()
+    out, dout = (y.float().transpose(0, 1) for y in (saved.out, saved.dout))
+    some = saved.lse != -torch.inf
+    terms = seq.visible() & some[..., None]
+    logarithm = torch.where(some, saved.lse * _FP32.number(reference._LOG2E, x), 0)
+    delta = delta_of(out, dout, saved.dlse)
+    p = exp2(reference._fma(x, c, -logarithm[..., None]))
+    dp = _fp32(chain(_float64(dout)[:, :, None], v[:, None], np.zeros(x.shape), seq.q.dtype))
+    ds = p * (dp - delta[..., None])
+    if tanh is not None:
+        ds = ds * reference._fma(-tanh, tanh, torch.tensor(1.0))
+    p, ds = (torch.where(terms, y, 0).to(seq.q.dtype).float() for y in (p, ds))
+    return p, ds, logarithm, delta, some
+
+
+def _backward(seq: reference._Sequence, saved: reference._Saved, exp2: Exp2) -> tuple[torch.Tensor | None, ...]:
+    """N13 of one sequence: dq [n_q, Hq, D], dk [n_k, Hk, D], dv [n_k, Hk, Dv] in the input dtype, dz [Hq] or None."""
+    dtype = seq.q.dtype
+    p, ds, logarithm, delta, some = _pairs(seq, saved, exp2)
+    q, k, v = (x.numpy() for x in seq.heads_first(torch.float64))
+    dout = _float64(saved.dout.transpose(0, 1))
+    (heads, n_q, _), n_k, kv_heads = q.shape, k.shape[1], seq.k.shape[1]
+    dq = _chain_over(ds, k, np.zeros(q.shape), seq.first_key % STEP, dtype)
+    dk, dv = (np.zeros((kv_heads, n_k, y.shape[2])) for y in (k, v))
+    for g in range(heads // kv_heads):  # one chain, that goes on from head to head
+        of_group = slice(g, None, heads // kv_heads)
+        dk = _chain_over(ds[of_group].transpose(1, 2), q[of_group], dk, 0, dtype)
+        dv = _chain_over(p[of_group].transpose(1, 2), dout[of_group], dv, 0, dtype)
+    scale = _FP32.number(seq.scale, p)
+    dq, dk, dv = (_fp32(y) for y in (dq, dk, dv))
+    dq, dk, dv = (
+        reference._round(reference._canonical(y + 0.0, _FP32), dtype).transpose(0, 1)
+        for y in (dq * scale, dk * scale, dv)
+    )
+    if seq.sinks is None:
+        return dq, dk, dv, None
+    e = reference._exp2(reference._fma(seq.sinks[:, None], _FP32.number(reference._LOG2E, p), -logarithm), _FP32)
+    blocks = [range(i, min(i + 64, n_q)) for i in range(0, n_q, 64)]
+    term = lambda i, total: reference._fma(-e[:, i], delta[:, i], total)  # noqa: E731
+    return dq, dk, dv, reference._block_sums(torch.zeros(heads), blocks, term, lambda i: some[:, i])
+
+
+def attn_backward(q, k, v, out, lse, dout, dlse=None, *, exp2: Exp2 = gpu_exp2, leftpad_k=None, **options):
+    """dq, dk, dv and d_sinks (None without sinks) of ``attn`` in the mma family on Hopper, all numbers finite."""
+    compute = functools.partial(_backward, exp2=exp2)
+    return reference._dense_backward(compute, q, k, v, out, lse, dout, dlse, leftpad_k, options)

@@ -1,7 +1,8 @@
 """Recorded bits: hashes of every case, the same for every version of the package.
 
 The fma family has one set for every instruction set and machine, the mma family one for each generation of GPUs, of
-which Hopper's is recorded. A hash that changes means that the contract changed: that needs a new CONTRACT_VERSION.
+which Hopper's is recorded. Gradients of some cases are recorded in both families, of mma as the CPU emulates it. A hash
+that changes means that the contract changed: that needs a new CONTRACT_VERSION.
 Rewrite the files with ``python tests/test_golden.py`` and, on a Hopper GPU, ``python tests/test_golden.py --cuda``.
 """
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from cases import CASES, LARGE_CASES, normal
 from cuda_tools import ON_HOPPER, moved, needs_hopper
+from gradients import gradients, upstream
 
 import flash_attn_det as fad
 from flash_attn_det import _schedule
@@ -22,12 +24,14 @@ from flash_attn_det.testing import bits_differ
 
 DATA = Path(__file__).parent / "data"
 FMA, MMA_SM90 = DATA / "golden_fma.json", DATA / "golden_mma_sm90.json"
+GRADIENTS = DATA / "golden_gradients.json"
 MMA_CASES = [case for case in (*CASES, *LARGE_CASES) if case.dtype in ("fp16", "bf16")]
+WITH_GRADIENTS = ("plain", "causal", "sinks causal window", "everything", "Sq 70 Sk 511", "Sq 70 Sk 513", "many rows")
 
 
-def digest(out, lse):
+def digest(*results):
     sha = hashlib.sha256()
-    for x in (out, lse):
+    for x in results:
         sha.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:32]
 
@@ -37,6 +41,23 @@ def hashes(cases=CASES, device="cpu"):
     for case in cases:
         qkv, keywords = case.inputs()
         result[case.name] = digest(*fad.attn(*moved(qkv, device), **moved(keywords, device), return_lse=True))
+    return result
+
+
+def gradient_hashes(device="cpu"):
+    """Of dq, dk, dv and d_sinks, by family and case; on a GPU, which has no fp64, with its own tensor cores."""
+    result = {}
+    for case in CASES:
+        if case.name.removesuffix(f" {case.dtype}") not in WITH_GRADIENTS or (
+            device == "cuda" and case.dtype == "fp64"
+        ):
+            continue
+        (q, k, v), keywords = case.inputs()
+        inputs = moved((q, k, v, upstream(q, v)), device)
+        for family in ("fma", "mma_sm90") if case.dtype in ("fp16", "bf16") else ("fma",):
+            arithmetic = "mma" if family == "mma_sm90" and device == "cuda" else family
+            parts = gradients(*inputs, **moved(keywords, device), arithmetic=arithmetic)
+            result[f"{family} {case.name}"] = digest(*parts)
     return result
 
 
@@ -79,6 +100,25 @@ def test_golden_hashes_of_hopper_are_of_this_version():
     assert len(same) < 0.2 * len(expected)
 
 
+@pytest.mark.parametrize("isa", _schedule.isas())
+def test_n13_golden_hashes_of_gradients_of_every_instruction_set(isa):
+    """Its control: the families have no hash in common, and all cases are there."""
+    expected = golden(GRADIENTS)
+    with _schedule.forced(isa=isa):
+        actual = gradient_hashes()
+    assert list(actual) == list(expected)
+    assert [name for name in expected if actual[name] != expected[name]] == []
+    assert len(set(expected.values())) == len(expected) > 2 * len(WITH_GRADIENTS)
+
+
+@needs_hopper
+def test_n13_golden_hashes_of_gradients_of_hopper():
+    """Of both families: what the CPU recorded, for mma what it emulated."""
+    expected, actual = golden(GRADIENTS), gradient_hashes("cuda")
+    assert list(actual) == [name for name in expected if not name.endswith("fp64")]
+    assert [name for name in actual if actual[name] != expected[name]] == []
+
+
 def test_golden_hashes_notice_one_bit():
     (q, k, v), keywords = CASES[0].inputs()
     v.view(torch.int32)[0, 0, 0, 0] ^= 1 << 12
@@ -100,12 +140,13 @@ def main():
     if parser.parse_args().cuda:
         if not ON_HOPPER:
             parser.error("--cuda needs a Hopper GPU (compute capability 9.0)")
-        path, recorded = MMA_SM90, hashes(MMA_CASES, "cuda")
+        files = {MMA_SM90: hashes(MMA_CASES, "cuda")}
     else:
-        path, recorded = FMA, hashes()
-    stored = {"CONTRACT_VERSION": fad.contract()["CONTRACT_VERSION"], "hashes": recorded}
-    path.write_text(json.dumps(stored, indent=1) + "\n")
-    print(f"{len(recorded)} hashes in {path}")
+        files = {FMA: hashes(), GRADIENTS: gradient_hashes()}
+    for path, recorded in files.items():
+        stored = {"CONTRACT_VERSION": fad.contract()["CONTRACT_VERSION"], "hashes": recorded}
+        path.write_text(json.dumps(stored, indent=1) + "\n")
+        print(f"{len(recorded)} hashes in {path}")
 
 
 if __name__ == "__main__":

@@ -156,8 +156,6 @@ fad_status fad_check_out(const fad_attn_problem *p) {
 
 fad_status fad_check_backward(const fad_attn_problem *p) {
     TRY(fad_check_problem(p));
-    if (fad_is_emulated(p))
-        return fad_fail(FAD_UNSUPPORTED, "there is no backward of emulated tensor cores, only of arithmetic 'fma'");
     if (p->block_table || p->cache_batch_idx)
         return fad_fail(FAD_UNSUPPORTED, "%s is given: there is no backward into a cache",
                         p->block_table ? "block_table" : "cache_batch_idx");

@@ -1,6 +1,7 @@
-/* The CPU's scheduler of the backward. delta and weight of all rows come first; then either all gradients in one pass, a
- * unit of work being a kv head of a sequence, or dk and dv by tiles of keys and dq by tiles of rows, which computes scores
- * twice and keeps more threads busy. Everything here is free to change (N14): no decision reaches the arithmetic. */
+/* The CPU's scheduler of the backward. delta and weight of all rows come first (the mma family has no weight); then
+ * either all gradients in one pass, a unit of work being a kv head of a sequence, or dk and dv by tiles of keys and dq by
+ * tiles of rows, which computes scores twice and keeps more threads busy. Everything here is free to change (N14): no
+ * decision reaches the arithmetic. */
 #include "kernel.h"
 
 /* Sums of dq that one pass may keep for each thread. */
@@ -183,7 +184,7 @@ static void clear_rows(const fad_view *view, fad_dtype dtype, int64_t start, int
 }
 
 /* Rows of dq, dk and dv that no sequence uses. */
-static void clear_unused(const fad_attn_problem *g) {
+void fad_cpu_clear_unused(const fad_attn_problem *g) {
     for (int64_t b = 0; b < fad_sequence_count(g); b++) {
         const fad_sequence s = fad_get_sequence(g, b);
         int64_t first;
@@ -196,19 +197,18 @@ static void clear_unused(const fad_attn_problem *g) {
     }
 }
 
-/* N13: sequences ascending. */
-static void sum_sinks(const call *c, void *d_sinks) {
-    const int64_t H = c->problem->Hq, sequences = fad_sequence_count(c->problem);
+void fad_cpu_sum_sinks(const fad_attn_problem *p, const void *sums, void *d_sinks) {
+    const int64_t H = p->Hq, sequences = fad_sequence_count(p);
     const fenv_t caller = fad_cpu_enter_contract();
     for (int64_t h = 0; h < H; h++) {
         double sum64 = 0;
         float sum32 = 0;
         for (int64_t b = 0; b < sequences; b++)
-            if (c->problem->dtype == FAD_FLOAT64)
-                sum64 = fad_f64_add(sum64, ((const double *)(void *)c->sinks)[b * H + h]);
+            if (p->dtype == FAD_FLOAT64)
+                sum64 = fad_f64_add(sum64, ((const double *)sums)[b * H + h]);
             else
-                sum32 = fad_f32_add(sum32, ((const float *)(void *)c->sinks)[b * H + h]);
-        if (c->problem->dtype == FAD_FLOAT64)
+                sum32 = fad_f32_add(sum32, ((const float *)sums)[b * H + h]);
+        if (p->dtype == FAD_FLOAT64)
             ((double *)d_sinks)[h] = fad_f64_finish_gradient(sum64, 1);
         else
             ((float *)d_sinks)[h] = fad_f32_finish_gradient(sum32, 1);
@@ -217,17 +217,15 @@ static void sum_sinks(const call *c, void *d_sinks) {
 }
 
 fad_status fad_cpu_backward(const fad_attn_problem *p, const fad_attn_gradients *gradients, const fad_runtime *r) {
-    call c = {.problem = p, .gradient = *p, .first_item = r->workspace};
+    call c = {.problem = p, .gradient = fad_cpu_gradient_problem(p, gradients), .first_item = r->workspace};
     const fad_status status = make_plan(p, r->num_threads, &c.plan);
     if (status != FAD_OK)
         return status;
-    c.gradient.q = gradients->dq, c.gradient.k = gradients->dk, c.gradient.v = gradients->dv;
-    c.gradient.out = gradients->dout, c.gradient.lse = gradients->dlse;
     c.delta = (char *)r->workspace + c.plan.offsets_bytes;
     c.weight = c.delta + c.plan.rows_bytes;
     c.sinks = c.weight + c.plan.rows_bytes;
     c.scratch = c.sinks + c.plan.sink_bytes;
-    clear_unused(&c.gradient);
+    fad_cpu_clear_unused(&c.gradient);
     run_pass(&c, PASS_WEIGH, r);
     if (c.plan.one_pass) {
         run_pass(&c, PASS_ALL, r);
@@ -237,7 +235,7 @@ fad_status fad_cpu_backward(const fad_attn_problem *p, const fad_attn_gradients 
     }
     if (gradients->d_sinks) {
         fad_cpu_run(r, run_sink, &c, fad_sequence_count(p) * p->Hq, c.scratch, 0);
-        sum_sinks(&c, gradients->d_sinks);
+        fad_cpu_sum_sinks(p, c.sinks, gradients->d_sinks);
     }
     return FAD_OK;
 }

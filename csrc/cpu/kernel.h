@@ -105,6 +105,25 @@ void fad_cpu_run(const fad_runtime *runtime, fad_cpu_item item, const void *call
 /* N8: the sink of each head as one more state, behind the splits; empty for rows past n_q. */
 void fad_cpu_store_sinks(const fad_attn_problem *problem, const fad_partials *partials);
 
+/* The problem, with gradients in the places of tensors: dq, dk, dv, dout and dlse in those of q .. lse. */
+static inline fad_attn_problem fad_cpu_gradient_problem(const fad_attn_problem *p, const fad_attn_gradients *g) {
+    fad_attn_problem gradient = *p;
+    gradient.q = g->dq, gradient.k = g->dk, gradient.v = g->dv;
+    gradient.out = g->dout, gradient.lse = g->dlse;
+    return gradient;
+}
+
+/* The backward of emulated tensor cores, one row at a time (mma_gradient.c). */
+fad_status fad_cpu_mma_backward_workspace(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes);
+fad_status fad_cpu_mma_backward(const fad_attn_problem *problem, const fad_attn_gradients *gradients,
+                                const fad_runtime *runtime);
+
+/* Zeros in the rows of dq, dk and dv that no sequence uses. */
+void fad_cpu_clear_unused(const fad_attn_problem *gradient);
+
+/* N13: d_sinks [Hq] from the sums [sequences][Hq] of each sequence, ascending. */
+void fad_cpu_sum_sinks(const fad_attn_problem *problem, const void *sums, void *d_sinks);
+
 /* The tensor core that an emulated call asks for. */
 static inline fad_tensor_core fad_cpu_tensor_core(const fad_attn_problem *p) {
     return fad_tensor_core_of(p->arithmetic == FAD_ARITHMETIC_MMA_SM90 ? 90 : 80, p->dtype == FAD_FLOAT16 ? -14 : -126);

@@ -1,75 +1,15 @@
 /* The mma family of a GPU on a CPU, for audits: one row at a time, clause by clause, without a vector or a tile. Slow
  * and meant to be read; mma_block.inc is the same with vectors, and must give the same bits. */
-#include "kernel.h"
+#include "mma_row.h"
 
-enum { BLOCK = FAD_MMA_BLOCK_KV, STEP = 16, LANES = 4 };
-
-/* One query row. */
-typedef struct row {
-    const fad_attn_problem *p;
-    fad_tensor_core core;
-    fad_sequence seq;
-    int64_t i, h;
-    int64_t pos;       /* N2 */
-    fad_interval seen; /* N4 */
-    float c, scaled, softcap, slope;
-    int plain;
-    float q[FAD_MAX_HEAD_DIM];
-} row;
+enum { BLOCK = FAD_MMA_BLOCK_KV, LANES = 4 };
 
 /* Of a split, or of the splits so far (N3, N8). */
 typedef struct state {
     float m, l, o[FAD_MAX_HEAD_DIM];
 } state;
 
-static int64_t min_i(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t max_i(int64_t a, int64_t b) { return a > b ? a : b; }
-
-static float widen(uint16_t x, fad_dtype dtype) { return dtype == FAD_BFLOAT16 ? fad_bf16_widen(x) : fad_f16_widen(x); }
-static uint16_t narrow(float x, fad_dtype dtype) {
-    return dtype == FAD_BFLOAT16 ? fad_bf16_round(x) : fad_f16_round(x);
-}
-
-/* Row `index` of head h of a view whose sequence starts at element first. */
-static uint16_t *values_of(const fad_view *view, int64_t first, int64_t index, int64_t h) {
-    return (uint16_t *)view->data + first + index * view->stride_s + h * view->stride_h;
-}
-static const uint16_t *key_row(const row *r, const fad_view *view, int64_t first, int64_t pos) {
-    const int64_t at = fad_key_offset(view, first, fad_find_key(&r->seq, pos - r->seq.span.k_pos));
-    return (const uint16_t *)view->data + at + r->h / fad_group(r->p) * view->stride_h;
-}
-
-static void load_row(const fad_attn_problem *p, fad_sequence seq, int64_t i, int64_t h, row *r) {
-    *r = (row){.p = p, .seq = seq, .i = i, .h = h, .softcap = (float)p->softcap};
-    r->core = fad_cpu_tensor_core(p);
-    r->pos = fad_query_position(&seq.span, i);
-    r->seen = fad_visible(&seq.span, i);
-    r->c = fad_f32_score_factor(p->scale, p->softcap > 0 || p->alibi_slopes, &r->plain);
-    r->scaled = (float)(p->softcap > 0 ? p->scale / p->softcap : p->scale);
-    if (p->alibi_slopes)
-        r->slope = ((const float *)p->alibi_slopes)[seq.index * p->alibi_stride_b + h];
-    for (int64_t d = 0; d < p->D; d++)
-        r->q[d] = widen(values_of(&p->q, seq.q, i, h)[d], p->dtype);
-}
-
 static void clear(state *s) { *s = (state){.m = FAD_F32_SENTINEL}; /* N3 */ }
-
-/* N5 of the key at pos, which the row sees; N7: a chain of steps from 0. */
-static float score(const row *r, int64_t pos) {
-    const uint16_t *k = key_row(r, &r->p->k, r->seq.k, pos);
-    float s = 0;
-    for (int64_t d = 0; d < r->p->D; d += STEP) {
-        const int n = (int)min_i(STEP, r->p->D - d);
-        float b[STEP];
-        for (int e = 0; e < n; e++)
-            b[e] = widen(k[d + e], r->p->dtype);
-        s = fad_tensor_core_step(r->core, r->q + d, b, n, s);
-    }
-    if (r->plain)
-        return s;
-    s = fad_f32_scaled_score(s, r->scaled, r->softcap);
-    return r->p->alibi_slopes ? fad_f32_fma(-r->slope, fad_f32_abs((float)(r->pos - pos)), s) : s;
-}
 
 /* N7: l_t of one block; p [BLOCK], rounded to the input type, zero where the row sees no key. */
 static void add_lanes(float *l, const float *p, float alpha) {
@@ -101,7 +41,7 @@ static void add_values(const row *r, const float *p, int64_t block_lo, fad_inter
 static void run_block(const row *r, int64_t block_lo, fad_interval in, state *s, float *l) {
     float x[BLOCK], p[BLOCK] = {0}, best = -INFINITY;
     for (int64_t pos = in.lo; pos < in.hi; pos++) {
-        x[pos - block_lo] = score(r, pos);
+        x[pos - block_lo] = score(r, pos, dot(r, r->q, key_row(r, &r->p->k, r->seq.k, pos), r->p->D));
         best = fad_f32_max(x[pos - block_lo], best);
     }
     const float m = fad_f32_reference(s->m, best, r->c), alpha = fad_f32_pow2(fad_f32_sub(s->m, m));
@@ -244,5 +184,5 @@ static fad_status mma_partials(const fad_attn_problem *p, const fad_partials *pa
     return FAD_OK;
 }
 
-/* A backward of emulated tensor cores is refused before a backend is asked. */
-const fad_backend fad_cpu_mma_backend = {mma_workspace, mma_forward, mma_partials, NULL, NULL};
+const fad_backend fad_cpu_mma_backend = {mma_workspace, mma_forward, mma_partials, fad_cpu_mma_backward_workspace,
+                                         fad_cpu_mma_backward};

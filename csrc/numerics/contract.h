@@ -57,20 +57,29 @@
  *                 and sin of row p and the pair's column of the tables: four products, then a difference and a sum, each
  *                 rounded on its own in the compute type, which inputs and tables are widened to exactly; then rounded
  *                 once to the dtype of the row. Values behind the rotated ones are copied.                     (rotary.h)
- * N13 Backward.   Of the fma family. From q, k, v, out (as it was rounded for the output), lse, dO and dlse; every operation
- *                 is rounded once in the compute type. A sum in blocks is a chain from 0 for each block, ascending, and
- *                 the chains added, ascending, onto 0: query rows i of a sequence in blocks of BLOCK_KV, counted from its
- *                 first row; keys j in the blocks of N3. A pair (i, j) is a term of a sum if N4 lets row i see key j and
- *                 lse_i is not -inf; what is no term reaches nothing. With x and c of N5:
- *                 m_i = lse_i * log2(e), rounded to an integer; e_ij = exp2(min(64, fma(x_ij, c, -m_i)));
+ * N13 Backward.   From q, k, v, out (as it was rounded for the output), lse, dO and dlse; every operation is rounded once in
+ *                 the compute type. A sum in blocks is a chain from 0 for each block, ascending, and the chains added,
+ *                 ascending, onto 0: query rows i of a sequence in blocks of BLOCK_KV, counted from its first row; keys j
+ *                 in the blocks of N3, those of the fma family. A pair (i, j) is a term of a sum if N4 lets row i see key
+ *                 j and lse_i is not -inf; what is no term reaches nothing. With x and c of N5, by the dot products of N7:
+ *                 fma: m_i = lse_i * log2(e), rounded to an integer; e_ij = exp2(min(64, fma(x_ij, c, -m_i)));
  *                 l_i sums e_ij over j in blocks, then adds the sink's e, whose x is z and c is log2(e); w_i = 1 / l_i, 0 if
  *                 l_i is; p_ij = e_ij * w_i. delta_i = (the chain of fma(dO_id, out_id) over ascending d) - dlse_i.
- *                 dp_ij is the dot product (N7) of dO_i and v_j. ds_ij = p_ij * (dp_ij - delta_i), with softcap
- *                 ds_ij * fma(-t, t, 1), t the tanh of N5.
  *                 dv_j sums fma(p_ij, dO_i) and dk_j fma(ds_ij, q_i): over the query heads that read the kv head,
- *                 ascending, and for each over i in blocks. dq_i sums fma(ds_ij, k_j) over j in blocks. Then sum * scale
- *                 (dv: sum), + 0, one rounding to the dtype, NaN as in N9. dz of a head sums fma(-(e * w_i), delta_i), e
- *                 the sink's, over i in blocks for each sequence, and these over sequences ascending, + 0. (gradient.inc)
+ *                 ascending, and for each over i in blocks. dq_i sums fma(ds_ij, k_j) over j in blocks.
+ *                 mma: L_i = lse_i * log2(e); p_ij = ex2.approx.ftz.f32(fma(x_ij, c, -L_i)). delta_i: lane t = 0..7 is a
+ *                 chain of fma(dO_id, out_id) from 0 over the d of which d / 8 % 8 is t, ascending; delta_i =
+ *                 ((l_0 + l_1) + (l_2 + l_3)) + ((l_4 + l_5) + (l_6 + l_7)) - dlse_i. P and dS are p and ds rounded to the
+ *                 input type, and 0 where there is no term. dv_j is a chain of steps of P_ij and dO_i from 0, dk_j of
+ *                 dS_ij and q_i: one chain over the query heads that read the kv head, ascending, and within each over i
+ *                 ascending, 16 at a time at multiples of 16 from the sequence's first row. dq_i is a chain of steps of
+ *                 dS_ij and k_j over keys ascending, 16 at a time at absolute multiples of position. Steps without a term
+ *                 may be skipped or executed.
+ *                 Both: dp_ij is the dot product (N7) of dO_i and v_j. ds_ij = p_ij * (dp_ij - delta_i), with softcap
+ *                 ds_ij * fma(-t, t, 1), t the tanh of N5. From the sums sum * scale (dv: sum), + 0, one rounding to the
+ *                 dtype, NaN as in N9. dz of a head sums fma(-p_i, delta_i) over i in blocks for each sequence, and these
+ *                 over sequences ascending, + 0: p_i is the sink's probability, e * w_i in the fma family and
+ *                 exp2(fma(z, log2(e), -L_i)), with the exp2 of elementary.inc, in mma.                     (gradient.inc)
  * N14 Gradient.   dq of a row depends on that row of q, out, lse, dO and dlse, and on what N1 lets it see, as N1 says of
  *                 out. dk and dv depend on all rows of their own sequence, and nothing of another; dz alone spans the
  *                 call. So rows that are passed in two calls get the same dq, but dk and dv of the rows of each call,

@@ -20,6 +20,14 @@ __global__ void contract_f64(double *out, double x, double c) {
     out[1] = fad_f64_finish_lse(m, l);
 }
 
+__global__ void gradient_f32(float *out, const float *in, float c) {
+    const float x = in[threadIdx.x], m = fad_f32_saved_reference(x), l = fad_f32_saved_logarithm(x);
+    const float p = fad_f32_mul(fad_f32_saved_exponential(x, c, m), fad_f32_saved_weight(l));
+    const float e = fad_f32_exp2(fad_f32_saved_exponent(x, c, l));
+    const float ds = fad_f32_score_gradient(p, e, fad_f32_sum_lanes(in));
+    out[0] = fad_f32_finish_gradient(fad_f32_mul(ds, fad_f32_softcap_slope(fad_f32_tanh(x))), c);
+}
+
 __global__ void rotary(float *x, double *y) {
     fad_f32_rotate(x, x + 1, x[2], x[3]);
     fad_f64_rotate(y, y + 1, y[2], y[3]);

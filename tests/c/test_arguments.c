@@ -227,7 +227,6 @@ static void backward(void) {
     BACKWARD_REFUSED(FAD_INVALID_ARGUMENT, "d_sinks", g.d_sinks = d_sinks);
     BACKWARD_REFUSED(FAD_INVALID_ARGUMENT, "workspace", r.workspace_bytes = bytes - 1);
     BACKWARD_REFUSED(FAD_UNSUPPORTED, "CUDA", p.device = FAD_CUDA);
-    BACKWARD_REFUSED(FAD_UNSUPPORTED, "emulated", p.arithmetic = FAD_ARITHMETIC_MMA_SM90, p.dtype = FAD_FLOAT16);
     BACKWARD_REFUSED(FAD_UNSUPPORTED, "cache_batch_idx", p.cache_batch_idx = entries, p.Bk = B);
 }
 
