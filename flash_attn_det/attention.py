@@ -128,13 +128,13 @@ def _arguments(
     cu_seqlens=None, seqused_q=None, seqused_k=None, leftpad_k=None, k_pos=None, cache_batch_idx=None, block_table=None,
     differentiable=False,
 ) -> tuple:  # fmt: skip
-    """The arguments of the ops, in their order. differentiable: of an op that has a backward, on some devices."""
-    _check_tensor("q", q, has_gradient=True)  # again below: the device decides
+    """The arguments of the ops, in their order. differentiable: of an op that has a backward, for some families."""
+    _check_tensor("q", q, has_gradient=True)  # again below: the family decides
     if q.device.type not in ops.DEVICES:
         raise NotImplementedError(f"q is on {q.device}: flash_attn_det has kernels for cpu and cuda")
     rank = 4 if cu_seqlens is None else 3
     has_gradient = (
-        differentiable and q.device.type != "cuda" and arithmetic in ("auto", "fma")
+        differentiable and arithmetic in (("auto", "fma", "mma") if q.device.type == "cuda" else ("auto", "fma"))
         and block_table is None and cache_batch_idx is None
     )  # fmt: skip
     q = _rows("q", q, q, rank, has_gradient=has_gradient)

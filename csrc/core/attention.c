@@ -1,10 +1,7 @@
 /* The entry points: check everything, then hand the call to the backend of its device. */
 #include "core.h"
 
-static fad_status select_backend(const fad_attn_problem *problem, const fad_backend **backend) {
-    const fad_status status = fad_check_problem(problem);
-    if (status != FAD_OK)
-        return status;
+fad_status fad_select_backend(const fad_attn_problem *problem, const fad_backend **backend) {
     if (problem->device == FAD_CPU)
         return fad_cpu_select_backend(problem, backend);
     const fad_device_backend *cuda;
@@ -12,6 +9,11 @@ static fad_status select_backend(const fad_attn_problem *problem, const fad_back
     if (loaded == FAD_OK)
         *backend = &cuda->attention;
     return loaded;
+}
+
+static fad_status select_backend(const fad_attn_problem *problem, const fad_backend **backend) {
+    const fad_status status = fad_check_problem(problem);
+    return status != FAD_OK ? status : fad_select_backend(problem, backend);
 }
 
 fad_status fad_attn_check(const fad_attn_problem *problem) {

@@ -19,6 +19,9 @@ typedef struct fad_backend {
     fad_status (*workspace)(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes);
     fad_status (*forward)(const fad_attn_problem *problem, const fad_runtime *runtime);
     fad_status (*partials)(const fad_attn_problem *problem, const fad_partials *partials, const fad_runtime *runtime);
+    fad_status (*backward_workspace)(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes);
+    fad_status (*backward)(const fad_attn_problem *problem, const fad_attn_gradients *gradients,
+                           const fad_runtime *runtime);
 } fad_backend;
 
 /* Of a device that has a library of its own. */
@@ -28,11 +31,11 @@ typedef struct fad_device_backend {
     fad_status (*rotate)(const fad_rotation *rotation, const fad_runtime *runtime);
 } fad_device_backend;
 
-/* Bytes of the structs that a call may bring: libraries of one build agree on them. */
+/* Bytes of every struct that one library hands to the other: libraries of one build agree on them. */
 typedef struct fad_struct_bytes {
-    size_t problem, append, rotation;
+    size_t services; /* first, so that it can be read from services of any build: only if it agrees is there a rest */
+    size_t problem, gradients, partials, append, rotation, runtime, schedule, backend;
 } fad_struct_bytes;
-#define FAD_STRUCT_BYTES {sizeof(fad_attn_problem), sizeof(fad_cache_append), sizeof(fad_rotation)}
 
 typedef struct fad_core_services {
     fad_status (*fail)(fad_status status, const char *format, ...); /* records this thread's error text */
@@ -40,6 +43,11 @@ typedef struct fad_core_services {
     fad_struct_bytes bytes; /* this, and */
     int64_t contract;       /* FAD_CONTRACT_VERSION: what the backend must have been built with */
 } fad_core_services;
+
+#define FAD_STRUCT_BYTES                                                                                               \
+    {sizeof(fad_core_services), sizeof(fad_attn_problem), sizeof(fad_attn_gradients),                                  \
+     sizeof(fad_partials),      sizeof(fad_cache_append), sizeof(fad_rotation),                                        \
+     sizeof(fad_runtime),       sizeof(fad_schedule),     sizeof(fad_device_backend)}
 
 /* The only symbol of libflash_attn_det_cuda. Null if it was built with other structs or another contract. */
 FAD_API const fad_device_backend *fad_cuda_backend(const fad_core_services *services);

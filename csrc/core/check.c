@@ -156,8 +156,6 @@ fad_status fad_check_out(const fad_attn_problem *p) {
 
 fad_status fad_check_backward(const fad_attn_problem *p) {
     TRY(fad_check_problem(p));
-    if (p->device != FAD_CPU)
-        return fad_fail(FAD_UNSUPPORTED, "there is no backward on a CUDA device yet, only on the CPU");
     if (fad_is_emulated(p))
         return fad_fail(FAD_UNSUPPORTED, "there is no backward of emulated tensor cores, only of arithmetic 'fma'");
     if (p->block_table || p->cache_batch_idx)

@@ -47,8 +47,10 @@ static inline int fad_is_emulated(const fad_attn_problem *p) {
  * else fad_cpu_backend. FAD_INVALID_ARGUMENT as from fad_cpu_select. */
 fad_status fad_cpu_select_backend(const fad_attn_problem *problem, const fad_backend **backend);
 fad_status fad_load_cuda(const fad_device_backend **backend);
+/* The backend of a call's device, whose arguments have been checked. */
+fad_status fad_select_backend(const fad_attn_problem *problem, const fad_backend **backend);
 
-/* The CPU's own, outside of the table: of the backward there is no other, the rest needs none. */
+/* The CPU's own. */
 fad_status fad_cpu_backward_workspace(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes);
 fad_status fad_cpu_backward(const fad_attn_problem *problem, const fad_attn_gradients *gradients,
                             const fad_runtime *runtime);

@@ -306,4 +306,5 @@ static fad_status cpu_partials(const fad_attn_problem *problem, const fad_partia
     return FAD_OK;
 }
 
-const fad_backend fad_cpu_backend = {cpu_workspace, cpu_forward, cpu_partials};
+const fad_backend fad_cpu_backend = {cpu_workspace, cpu_forward, cpu_partials, fad_cpu_backward_workspace,
+                                     fad_cpu_backward};

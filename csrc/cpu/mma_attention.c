@@ -244,4 +244,5 @@ static fad_status mma_partials(const fad_attn_problem *p, const fad_partials *pa
     return FAD_OK;
 }
 
-const fad_backend fad_cpu_mma_backend = {mma_workspace, mma_forward, mma_partials};
+/* A backward of emulated tensor cores is refused before a backend is asked. */
+const fad_backend fad_cpu_mma_backend = {mma_workspace, mma_forward, mma_partials, NULL, NULL};

@@ -71,10 +71,24 @@ static fad_status partial_states(const fad_attn_problem *p, const fad_partials *
     return p->sinks ? store_sink_states(p, *partials, runtime->stream) : FAD_OK;
 }
 
+static fad_status backward_workspace(const fad_attn_problem *p, int32_t num_threads, size_t *bytes) {
+    const fad_backend *family;
+    TRY(select_family(p, &family));
+    return family->backward_workspace(p, num_threads, bytes);
+}
+
+static fad_status backward(const fad_attn_problem *p, const fad_attn_gradients *gradients, const fad_runtime *runtime) {
+    const fad_backend *family;
+    TRY(select_family(p, &family));
+    return family->backward(p, gradients, runtime);
+}
+
 const fad_device_backend *fad_cuda_backend(const fad_core_services *services) {
-    static const fad_device_backend backend = {{workspace, forward, partial_states}, cuda_append, cuda_rotate};
+    static const fad_device_backend backend = {
+        {workspace, forward, partial_states, backward_workspace, backward}, cuda_append, cuda_rotate};
     static const fad_struct_bytes bytes = FAD_STRUCT_BYTES;
     fad_core = services;
-    const bool same = !memcmp(&services->bytes, &bytes, sizeof bytes) && services->contract == FAD_CONTRACT_VERSION;
+    const bool same = services->bytes.services == bytes.services && !memcmp(&services->bytes, &bytes, sizeof bytes) &&
+                      services->contract == FAD_CONTRACT_VERSION;
     return same ? &backend : nullptr;
 }

@@ -99,4 +99,4 @@ static fad_status partial_states(const fad_attn_problem *p, const fad_partials *
     return run_splits(p, plan, *partials, fad_split_capacity(p), runtime->stream);
 }
 
-const fad_backend fma_family = {workspace, forward, partial_states};
+const fad_backend fma_family = {workspace, forward, partial_states, fma_backward_workspace, fma_backward};

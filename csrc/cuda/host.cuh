@@ -63,6 +63,12 @@ fad_status store_sink_states(const fad_attn_problem *p, const fad_partials &part
 /* The families. partials() writes one state per split; the sinks' is the caller's. */
 extern const fad_backend fma_family, mma_family;
 
+/* Their entries for the backward. */
+fad_status fma_backward_workspace(const fad_attn_problem *p, int32_t num_threads, size_t *bytes);
+fad_status fma_backward(const fad_attn_problem *p, const fad_attn_gradients *gradients, const fad_runtime *runtime);
+fad_status mma_backward_workspace(const fad_attn_problem *p, int32_t num_threads, size_t *bytes);
+fad_status mma_backward(const fad_attn_problem *p, const fad_attn_gradients *gradients, const fad_runtime *runtime);
+
 fad_status cuda_append(const fad_cache_append *append, const fad_runtime *runtime);
 fad_status cuda_rotate(const fad_rotation *rotation, const fad_runtime *runtime);
 

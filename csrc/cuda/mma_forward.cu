@@ -188,4 +188,4 @@ static fad_status partial_states(const fad_attn_problem *p, const fad_partials *
     return run_splits(p, plan, *partials, fad_split_capacity(p), runtime);
 }
 
-const fad_backend mma_family = {workspace, forward, partial_states};
+const fad_backend mma_family = {workspace, forward, partial_states, mma_backward_workspace, mma_backward};
