@@ -25,13 +25,13 @@ __device__ inline int64_t first_row_sum(const fad_attn_problem &p, int64_t b, in
 typedef void (*BackwardKernelFunction)(fad_attn_problem p, fad_attn_problem gradient, RowSums sums, int stages);
 
 struct BackwardKernel {
-    int dims, tile;         /* largest D and Dv; keys or rows of its tile */
+    int dims, tile; /* largest D and Dv; keys or rows of its tile */
     int threads;
     size_t shared_bytes[2]; /* with one stage of its pipeline, and with two */
     BackwardKernelFunction run;
 };
 
-/* By dims, ascending: of dk and dv, and of dq. */
+/* By dims, and of the same dims the best first; others need less shared memory. Of dk and dv, and of dq. */
 struct BackwardKernels {
     const BackwardKernel *begin, *end;
 };

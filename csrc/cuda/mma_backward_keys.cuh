@@ -14,8 +14,8 @@ template <fad_dtype T_, int D_, int TEAMS_, int ROWS_, int RESIDENT_> struct Key
     static constexpr int D = D_, CHUNKS = D / 8; /* of all four tensors, zero-padded */
     static constexpr int TEAMS = TEAMS_, PARTS = D / 64, RESIDENT = RESIDENT_;
     static constexpr int THREADS = TEAMS * PARTS * 32, KEYS = TEAMS * 32;
-    static constexpr int ROWS = ROWS_, STEPS = ROWS / 16; /* query rows at a time */
-    static constexpr int M = 2, N = ROWS / PARTS / 8;     /* m16 and n8 tiles of a warp's scores, */
+    static constexpr int ROWS = ROWS_, STEPS = ROWS / 16;  /* query rows at a time */
+    static constexpr int M = 2, N = ROWS / PARTS / 8;      /* m16 and n8 tiles of a warp's scores, */
     static constexpr int OWN_STEPS = N / 2, DIMS = 64 / 8; /* and n8 tiles of its sums */
 };
 
@@ -23,6 +23,7 @@ template <fad_dtype T_, int D_, int TEAMS_, int ROWS_, int RESIDENT_> struct Key
 struct KeyTile {
     fad_sequence seq, gradient; /* where it lies in the tensors, and in gradients */
     int64_t head_k, first;      /* key number of the tile's first row: negative in left padding */
+    int64_t sums;               /* where row 0 of head 0 is in RowSums */
     int n_rows, lo, hi;         /* rows owned; those that are keys are lo .. hi - 1 */
     int row, end_row;           /* query rows that see one of them */
     int head, end_head;         /* query heads that read the kv head */
@@ -69,6 +70,7 @@ static __device__ void locate_keys(const fad_attn_problem &p, const fad_attn_pro
         t.end_row = (int)(span.left < 0 ? span.n_q : fad_clamp(t.first + t.hi + shift + span.left, 0, span.n_q));
         if (t.lo == t.hi)
             t.row = t.end_row = 0;
+        t.sums = first_row_sum(p, b, 0);
         t.head = (int)(t.head_k * fad_group(&p));
         t.end_head = t.head + (int)fad_group(&p);
     }
@@ -82,7 +84,7 @@ template <class S> struct QueryStage {
 };
 
 template <class S> struct KeyGradientShared {
-    alignas(128) char k[S::KEYS * S::D * 2], v[S::KEYS * S::D * 2]; /* and dk, dv, staged */
+    alignas(128) char k[S::KEYS * S::D * 2], v[S::KEYS * S::D * 2];                        /* and dk, dv, staged */
     uint4 exchange[S::PARTS > 1 ? S::TEAMS : 1][2][S::M][S::PARTS > 1 ? S::STEPS : 1][32]; /* P and dS of a team */
     KeyTile t;
     QueryStage<S> stage[2];
@@ -128,8 +130,8 @@ template <class S> struct QueryColumns {
     };
     __device__ __forceinline__ At at(int m, int n) const {
         const int b = first + 8 * n;
-        return {*(const float2 *)(stage.log2_sum + b), *(const float2 *)(stage.delta + b),
-                apart + b - key - 16 * m, negative_slope};
+        return {*(const float2 *)(stage.log2_sum + b), *(const float2 *)(stage.delta + b), apart + b - key - 16 * m,
+                negative_slope};
     }
 };
 
@@ -142,8 +144,8 @@ template <class S> struct KeyGradientWarp {
     Fragments<S::M, S::DIMS> dk, dv;
 
     __device__ KeyGradientWarp(const fad_attn_problem &problem, KeyGradientShared<S> &shared)
-        : p(problem), sm(shared), rule(problem), team(threadIdx.x / 32 / S::PARTS),
-          part(threadIdx.x / 32 % S::PARTS), first(team * 32) {
+        : p(problem), sm(shared), rule(problem), team(threadIdx.x / 32 / S::PARTS), part(threadIdx.x / 32 % S::PARTS),
+          first(team * 32) {
         clear<S::M, S::DIMS>(dk);
         clear<S::M, S::DIMS>(dv);
     }
@@ -199,9 +201,9 @@ template <class S> struct KeyGradientWarp {
             for (int step = 0; step < S::STEPS; step++) {
                 unsigned a[S::M][4];
                 fragments(a, step);
-                add_step_guarded<S::T, S::CHUNKS, S::M, S::DIMS>(
-                    sum, a, tile, 16 * step, 4 * part,
-                    [&](int r, int b) { return band.meets(first + r, b) && (stage.state[b] & ROW_HAS_TERMS); });
+                add_step_guarded<S::T, S::CHUNKS, S::M, S::DIMS>(sum, a, tile, 16 * step, 4 * part, [&](int r, int b) {
+                    return band.meets(first + r, b) && (stage.state[b] & ROW_HAS_TERMS);
+                });
             }
             return;
         }
@@ -220,8 +222,7 @@ template <class S> struct KeyGradientWarp {
 #pragma unroll
         for (int r = threadIdx.x % 32; r < S::ROWS; r += 32)
             every &= stage.state[r], any |= stage.state[r];
-        const bool partial =
-            !band.whole(sm.t.lo, sm.t.hi, S::ROWS) || !__all_sync(~0u, (every & ROW_HAS_TERMS) != 0);
+        const bool partial = !band.whole(sm.t.lo, sm.t.hi, S::ROWS) || !__all_sync(~0u, (every & ROW_HAS_TERMS) != 0);
         const bool guarded = partial && __any_sync(~0u, (any & ROW_NOT_FINITE) != 0);
         Fragments<S::M, S::N> s, ds;
         scores(stage, step, band, partial, s, ds);
@@ -229,11 +230,11 @@ template <class S> struct KeyGradientWarp {
             hand_out(0, s);
             hand_out(1, ds);
             named_barrier_sync(1 + team, S::PARTS * 32); /* P and dS may be read */
-            add(dv, stage.dout, stage, band, guarded, [&](unsigned(&a)[S::M][4], int at) { take(a, 0, at); });
-            add(dk, stage.q, stage, band, guarded, [&](unsigned(&a)[S::M][4], int at) { take(a, 1, at); });
+            add(dv, stage.dout, stage, band, guarded, [&](unsigned (&a)[S::M][4], int at) { take(a, 0, at); });
+            add(dk, stage.q, stage, band, guarded, [&](unsigned (&a)[S::M][4], int at) { take(a, 1, at); });
         } else {
             auto round = [](const Fragments<S::M, S::N> &x) {
-                return [&x](unsigned(&a)[S::M][4], int at) {
+                return [&x](unsigned (&a)[S::M][4], int at) {
 #pragma unroll
                     for (int m = 0; m < S::M; m++)
                         round_fragment<S::T>(a[m], x[m], at);
@@ -259,7 +260,7 @@ static __device__ __forceinline__ void load_queries(QueryStage<S> &to, const fad
     load(to.q, p.q, t.seq.q, p.D);
     load(to.dout, gradient.out, t.gradient.out, p.Dv);
     if (thread < S::ROWS) { /* rows that do not exist get zeros, and so no terms */
-        const int64_t at = first_row_sum(p, t.seq.index, step.head) + step.row + thread;
+        const int64_t at = t.sums + step.head * p.Sq + step.row + thread;
         const int bytes = thread < rows ? 4 : 0;
         cp_async4(to.log2_sum + thread, sums.log2_sum + at, bytes);
         cp_async4(to.delta + thread, sums.delta + at, bytes);
@@ -272,8 +273,7 @@ static __device__ __forceinline__ void load_queries(QueryStage<S> &to, const fad
 template <class S>
 static __device__ __forceinline__ void store_keys(const fad_view &view, int64_t first_key, const KeyTile &t,
                                                   const char *staged, int64_t dims) {
-    char *const to =
-        (char *)view.data + 2 * (first_key + t.first * view.stride_s + t.head_k * view.stride_h);
+    char *const to = (char *)view.data + 2 * (first_key + t.first * view.stride_s + t.head_k * view.stride_h);
 #pragma unroll 2
     for (int at = threadIdx.x; at < S::KEYS * S::CHUNKS; at += S::THREADS) {
         const int r = at / S::CHUNKS, chunk = at % S::CHUNKS;
