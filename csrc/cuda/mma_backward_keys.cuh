@@ -154,12 +154,17 @@ template <class S> struct KeyGradientWarp {
     __device__ __forceinline__ void scores(const QueryStage<S> &stage, const QueryStep &step, const Band &band,
                                            bool partial, Fragments<S::M, S::N> &s, Fragments<S::M, S::N> &ds) const {
         const int lane = threadIdx.x % 32, row = part * S::N * 8, column = row + lane % 4 * 2, key = first + lane / 4;
-        multiply_rows<S::T, S::CHUNKS, S::M, S::N>(s, sm.k, first, stage.q, row);
-        multiply_rows<S::T, S::CHUNKS, S::M, S::N>(ds, sm.v, first, stage.dout, row);
+        auto find_s = [&] { multiply_rows<S::T, S::CHUNKS, S::M, S::N>(s, sm.k, first, stage.q, row, [](int) {}); };
+        auto find_dp = [&](auto meanwhile) {
+            multiply_rows<S::T, S::CHUNKS, S::M, S::N>(ds, sm.v, first, stage.dout, row, meanwhile);
+        };
         QueryColumns<S> columns = {stage, column, key, band.distance, 0};
         if (rule.plain) {
-            score_gradients<S::M, S::N>(s, ds, rule.c, columns);
+            find_s();
+            score_gradients<S::CHUNKS / 2, S::M, S::N>(s, ds, rule.c, find_dp, columns);
         } else {
+            find_s();
+            find_dp([](int) {});
             if (rule.alibi)
                 columns.negative_slope =
                     -((const float *)p.alibi_slopes)[sm.t.seq.index * p.alibi_stride_b + step.head];

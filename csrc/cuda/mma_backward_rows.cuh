@@ -66,13 +66,19 @@ template <class S> struct RowGradientWarp {
     __device__ __forceinline__ void run(const KeyStage<S> &stage, int number, bool partial) {
         const int lane = threadIdx.x % 32, row = first + lane / 4, key = number + lane % 4 * 2;
         Fragments<S::M, S::N> s, ds;
-        multiply_rows<S::T, S::CHUNKS, S::M, S::N>(s, sm.q, first, stage.k, 0);
-        multiply_rows<S::T, S::CHUNKS, S::M, S::N>(ds, sm.dout, first, stage.v, 0);
+        auto find_s = [&] { multiply_rows<S::T, S::CHUNKS, S::M, S::N>(s, sm.q, first, stage.k, 0, [](int) {}); };
+        auto find_dp = [&](auto meanwhile) {
+            multiply_rows<S::T, S::CHUNKS, S::M, S::N>(ds, sm.dout, first, stage.v, 0, meanwhile);
+        };
         const QueryRows<S> rows = {sm, row, key};
-        if (rule.plain)
-            score_gradients<S::M, S::N>(s, ds, rule.c, rows);
-        else
+        if (rule.plain) {
+            find_s();
+            score_gradients<S::CHUNKS / 2, S::M, S::N>(s, ds, rule.c, find_dp, rows);
+        } else {
+            find_s();
+            find_dp([](int) {});
             score_gradients_with_options<S::M, S::N>(s, ds, rule, rows);
+        }
         if (partial)
             clear_others<S::M, S::N>(
                 s, ds, [&](int m, int n, int e) { return sees(row + 16 * m + e / 2 * 8, key + 8 * n + e % 2); });

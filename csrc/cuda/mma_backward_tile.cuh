@@ -27,6 +27,9 @@ static __device__ __forceinline__ void load_rows(char *to, const char *from, int
                                                  int thread) {
     constexpr int STEP = THREADS / CHUNKS;
     static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "a thread stays in one column of chunks");
+    /* The compiler must not know that the thread is the same in every step of a walk: it would keep all that follows from
+     * it in registers, which products need. */
+    asm volatile("" : "+r"(thread));
     const int chunk = thread % CHUNKS, r = thread / CHUNKS, below = chunk * 8 < dims ? hi : lo;
     from += r * stride + chunk * 16;
 #pragma unroll
@@ -36,10 +39,11 @@ static __device__ __forceinline__ void load_rows(char *to, const char *from, int
     }
 }
 
-/* N7: x = A B^T, chains of steps over dims: of rows a_first .. + 16 M - 1 of tile a, and 8 N rows of tile b. */
-template <fad_dtype T, int CHUNKS, int M, int N>
+/* N7: x = A B^T, chains of steps over dims: of rows a_first .. + 16 M - 1 of tile a, and 8 N rows of tile b.
+ * meanwhile(k): something else to compute beside step k. */
+template <fad_dtype T, int CHUNKS, int M, int N, class Meanwhile>
 static __device__ __forceinline__ void multiply_rows(Fragments<M, N> &x, const char *a_tile, int a_first,
-                                                     const char *b_tile, int b_first) {
+                                                     const char *b_tile, int b_first, Meanwhile meanwhile) {
     clear<M, N>(x);
 #pragma unroll
     for (int k = 0; k < CHUNKS / 2; k++) {
@@ -57,6 +61,7 @@ static __device__ __forceinline__ void multiply_rows(Fragments<M, N> &x, const c
                 mma_step<T>(x[m][2 * n + 1], a[m], b[2], b[3]);
             }
         }
+        meanwhile(k);
     }
 }
 
@@ -116,23 +121,33 @@ static __device__ __forceinline__ void add_step_guarded(Fragments<M, N> &sum, co
     }
 }
 
-/* N13: s becomes p, and dp becomes ds. of.at(m, n): what m16 tile m and n8 tile n need of the query rows. */
-template <int M, int N, class Of>
-static __device__ __forceinline__ void score_gradients(Fragments<M, N> &s, Fragments<M, N> &dp, float c, const Of &of) {
+/* N13: s becomes p, and dp, computed here, becomes ds. The unit that does exp2 takes an instruction every eight cycles, so
+ * that is done beside the product. multiply(meanwhile): finds dp in STEPS steps. of.at(m, n): what m16 tile m and n8 tile
+ * n need of the query rows. */
+template <int STEPS, int M, int N, class Multiply, class Of>
+static __device__ __forceinline__ void score_gradients(Fragments<M, N> &s, Fragments<M, N> &dp, float c,
+                                                       Multiply multiply, const Of &of) {
+    multiply([&](int k) {
+#pragma unroll
+        for (int i = k * M * N / STEPS; i < (k + 1) * M * N / STEPS; i++) {
+            const auto at = of.at(i % M, i / M);
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                s[i % M][i / M][e] = ex2(fad_f32_fma(s[i % M][i / M][e], c, -at.log2_sum(e)));
+        }
+    });
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
         for (int m = 0; m < M; m++) {
             const auto at = of.at(m, n);
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                s[m][n][e] = ex2(fad_f32_fma(s[m][n][e], c, -at.log2_sum(e)));
+            for (int e = 0; e < 4; e++)
                 dp[m][n][e] = fad_f32_score_gradient(s[m][n][e], dp[m][n][e], at.delta(e));
-            }
         }
 }
 
-/* The same where scores are not plain (N5). Options are rare and their code is long: it does two scores at a time, and all
+/* The same of dp that has been found, where scores are not plain (N5). Options are rare and their code is long: it does two scores at a time, and all
  * of them go round, as registers cannot be indexed. */
 template <int M, int N, class Of>
 static __device__ __forceinline__ void score_gradients_with_options(Fragments<M, N> &s, Fragments<M, N> &dp,
