@@ -13,10 +13,11 @@ template <int CHUNKS> static __device__ __forceinline__ int swizzled(int row, in
 }
 
 /* The packed rows of a tile from a view of q's shape, zeros past the active ones; first_element: where the tile's
- * sequence starts. Here and below the scheduler has made sure that rows can be read 16 bytes at a time. */
+ * sequence starts. Numbers come by reference, so that they are read where they lie and no register holds them. Here and
+ * below the scheduler has made sure that rows can be read 16 bytes at a time. */
 template <int ROWS, int CHUNKS, int THREADS>
-static __device__ __forceinline__ void load_tile_rows(char *to, const fad_view &view, int64_t first_element,
-                                                      int64_t dims, const Tile &t, int thread) {
+static __device__ __forceinline__ void load_tile_rows(char *to, const fad_view &view, const int64_t &first_element,
+                                                      const int64_t &dims, const Tile &t, int thread) {
 #pragma unroll 2
     for (int at = thread; at < ROWS * CHUNKS; at += THREADS) {
         const int r = at / CHUNKS, chunk = at % CHUNKS;
