@@ -179,9 +179,9 @@ FAD_API fad_status fad_attn_check(const fad_attn_problem *problem);
 FAD_API fad_status fad_attn_workspace(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes);
 FAD_API fad_status fad_attn_forward(const fad_attn_problem *problem, const fad_runtime *runtime);
 
-/* The backward of a forward that left out and lse. CPU and fma family only; caches (block_table, cache_batch_idx) have
- * none. Slopes get no gradient. The workspace is of the order of B * Hq * Sq elements of the compute type, and tiles for
- * each thread: packed rows and keys, and sums of dq for the rows of a tile, at most 4 MiB where that saves work. */
+/* The backward of a forward that left out and lse. fma family only; caches (block_table, cache_batch_idx) have none.
+ * Slopes get no gradient. The workspace is of the order of B * Hq * Sq elements of the compute type; on the CPU also tiles
+ * for each thread: packed rows and keys, and sums of dq for the rows of a tile, at most 4 MiB where that saves work. */
 FAD_API fad_status fad_attn_backward_workspace(const fad_attn_problem *problem, int32_t num_threads, size_t *bytes);
 FAD_API fad_status fad_attn_backward(const fad_attn_problem *problem, const fad_attn_gradients *gradients,
                                      const fad_runtime *runtime);
@@ -216,9 +216,9 @@ FAD_API fad_status fad_cpu_fma_flops(int64_t iterations, double *flops);
 typedef struct fad_schedule {
     const char *isa;        /* a name from fad_cpu_isa(), fp64 ignores it; null: best. Must outlive the setting */
     int32_t layout;         /* CPU. 0: auto, 1: a lane is a query row ("rows"), 2: a lane is a key ("keys") */
-    int32_t tile_rows;      /* 0: auto; query rows of one work item, 1 .. 256. Backward: in whole blocks */
+    int32_t tile_rows;      /* 0: auto; query rows of one work item, 1 .. 256. Backward: CPU, in whole blocks */
     int32_t split_parallel; /* 0: auto, 1: never (splits folded in place), 2: always (partials in the workspace).
-                               Backward: 1: all gradients in one pass over the keys, 2: dk and dv, then dq */
+                               Backward: CPU. 1: all gradients in one pass over the keys, 2: dk and dv, then dq */
     int32_t kernel;         /* CUDA, mma family. 0: auto, 1: generic, 2: Hopper's, and generic where it cannot run */
 } fad_schedule;
 FAD_API fad_status fad_force_schedule(const fad_schedule *schedule); /* null: back to automatic */

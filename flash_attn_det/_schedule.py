@@ -26,8 +26,8 @@ def forced(
     """Within the block, calls from this thread use these choices; None leaves one automatic. Blocks do not nest.
 
     isa: a name from isas(). layout: "rows" or "keys", what a vector lane stands for. tile_rows: query rows of one work
-    item, 1 .. 256; in a backward, in whole blocks of 64. split_parallel: whether splits are computed side by side and
-    folded afterwards; in a backward, whether dq has a pass of its own. kernel: "generic" or "hopper", the kernels of
+    item, 1 .. 256; in a backward on the CPU, in whole blocks of 64. split_parallel: whether splits are computed side by side and
+    folded afterwards; in a backward on the CPU, whether dq has a pass of its own. kernel: "generic" or "hopper", the kernels of
     the mma family on a GPU; "generic" also runs where the other cannot.
     Raises ValueError for a value out of range, and KeyError for an unknown layout or kernel.
     """

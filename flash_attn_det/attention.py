@@ -235,12 +235,12 @@ def attn(
     whose replays read the lengths anew. So the values of seqused_q, seqused_k, leftpad_k, k_pos and cu_seqlens, which
     are checked on the CPU, are not checked there. float64 is for the CPU.
 
-    On the CPU in the fma family q, k, v, sinks and lse have gradients, whose bits for one sequence do not depend on the
-    rest of the call either (contract clauses N13 and N14); that of sinks sums over all sequences. There are no second
-    derivatives.
+    In the fma family q, k, v, sinks and lse have gradients, with the same bits on a CPU and a GPU, and those of one
+    sequence do not depend on the rest of the call either (contract clauses N13 and N14); that of sinks sums over all
+    sequences. There are no second derivatives.
 
     Raises TypeError (types, dtypes), ValueError (shapes, ranges, devices), NotImplementedError (an input that requires
-    grad where there is no backward: alibi_slopes, CUDA, mma families; a device or arithmetic without kernels),
+    grad where there is no backward: alibi_slopes, mma families; a device or arithmetic without kernels),
     RuntimeError (the device refuses a launch).
     """
     arguments = _arguments(

@@ -240,6 +240,39 @@ def test_core_loads_the_library_from_beside_itself(build, tmp_path):
     assert ask().startswith("0 ")
 
 
+HANDSHAKE = """
+#include "core/backend.h"
+#include <dlfcn.h>
+#include <stdio.h>
+int main(int argc, char **argv) {
+    void *library = dlopen(argv[argc - 1], RTLD_NOW);
+    const fad_device_backend *(*entry)(const fad_core_services *);
+    const fad_core_services same = {NULL, NULL, FAD_STRUCT_BYTES, FAD_CONTRACT_VERSION};
+    *(void **)&entry = dlsym(library, "fad_cuda_backend");
+    printf("%d", entry(&same) != NULL);
+    for (size_t i = 0; i < sizeof same.bytes / sizeof(size_t); i++) {
+        fad_core_services other = same;
+        ((size_t *)&other.bytes)[i] += 8;
+        printf("%d", entry(&other) != NULL);
+    }
+    fad_core_services other = same;
+    other.contract++;
+    printf("%d", entry(&other) != NULL);
+    return 0;
+}
+"""
+
+
+def test_library_of_another_build_is_refused(build, tmp_path):
+    """Any struct of another size, or another contract."""
+    (tmp_path / "handshake.c").write_text(HANDSHAKE)
+    command = ["cc", f"-I{CSRC}", "handshake.c", "-o", "handshake", "-ldl"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    command = [tmp_path / "handshake", build / LIBRARY]
+    answers = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.fullmatch(r"10{10}", answers)  # nine sizes, and the contract
+
+
 def test_schedule_that_tests_force_is_the_struct_of_the_header():
     """A field that Python does not know would be left automatic, and a test of one kernel would run another."""
     header = (CSRC / "flash_attn_det.h").read_text()

@@ -1,0 +1,510 @@
+"""The backward on a GPU: the CPU's bits (N13), the same for a sequence alone and in any company (N14), and the manners
+of a CUDA op. What the backward is, test_backward.py says; here the CPU is the reference.
+"""
+
+import dataclasses
+import functools
+import math
+
+import pytest
+import torch
+from cases import CASES, integers, normal
+from cuda_tools import busy, int32, moved, needs_gpu, poisoned
+from gradients import NAMES, differing, gradients, upstream
+from torch.utils.checkpoint import checkpoint
+
+import flash_attn_det as fad
+from flash_attn_det import ops
+from flash_attn_det.attention import _arguments
+from flash_attn_det.testing import assert_bits_equal, bits_differ
+
+pytestmark = needs_gpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of arithmetic: its names on the GPU and on the CPU that is its reference, and its dtypes."""
+
+    on_gpu: str
+    on_cpu: str
+    dtypes: dict[str, torch.dtype]
+    by_default: tuple[str, ...]  # dtypes that "auto" gives the family on a GPU
+
+    def __hash__(self):
+        return hash(self.on_gpu)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """For tests that need one."""
+        return next(iter(self.dtypes.values()))
+
+
+FAMILIES = {
+    "fma": Family(
+        "fma", "fma", {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}, by_default=("fp32",)
+    ),
+}
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+OF_FAMILIES = [(f"{name} {dtype}", family, dtype) for name, family in FAMILIES.items() for dtype in family.dtypes]
+every_dtype = pytest.mark.parametrize(
+    ("family", "dtype"), [(f, f.dtypes[d]) for _, f, d in OF_FAMILIES], ids=[name for name, *_ in OF_FAMILIES]
+)
+every_case = pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        pytest.param(f, case, id=f"{name} {case.name}")
+        for name, f in FAMILIES.items()
+        for case in CASES
+        if case.dtype in f.dtypes
+    ],
+)
+
+
+def tensors(B=2, Sq=100, Sk=200, Hq=4, Hk=2, D=16, Dv=24, dtype=torch.float32, seed=4):
+    """q, k, v and a gradient of out, on the CPU."""
+    shapes = ((B, Sq, Hq, D), (B, Sk, Hk, D), (B, Sk, Hk, Dv))
+    q, k, v = (normal(shape, 10 * seed + i, dtype) for i, shape in enumerate(shapes))
+    return q, k, v, upstream(q, v)
+
+
+def on_the_cpu(family, *inputs, **keywords):
+    """dq, dk, dv and, with sinks, d_sinks, of q, k, v, dout and maybe dlse."""
+    return gradients(*inputs, arithmetic=family.on_cpu, **keywords)
+
+
+def on_the_gpu(family, *inputs, **keywords):
+    """The same, computed on the GPU from tensors that may be anywhere."""
+    return gradients(*moved(inputs), arithmetic=family.on_gpu, **moved(keywords))
+
+
+def assert_same(actual, expected, name=""):
+    assert len(actual) == len(expected)
+    for got, want, part in zip(actual, expected, NAMES):
+        assert got.device.type == "cuda"
+        assert_bits_equal(got, want, f"{part} {name}")
+
+
+def assert_noticed(family, q, k, v, dout, **keywords):
+    """The negative control: dk and dv of the rows in two calls, added, are sums of the same terms in another order."""
+    whole = on_the_gpu(family, q, k, v, dout, **keywords)
+    halves = []
+    for rows in (slice(None, q.shape[1] // 3), slice(q.shape[1] // 3, None)):
+        part = torch.zeros_like(dout)
+        part[:, rows] = dout[:, rows]
+        halves.append(on_the_gpu(family, q, k, v, part, **keywords))
+    assert differing([a + b for a, b in zip(*halves)][1:3], whole[1:3]) > 0
+
+
+# ---- bits ------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def expected(family, case):
+    (q, k, v), keywords = case.inputs()
+    dlse = normal((case.B, case.Hq, case.Sq), 902)
+    return (q, k, v, upstream(q, v), dlse), keywords, on_the_cpu(family, q, k, v, upstream(q, v), dlse, **keywords)
+
+
+@every_case
+def test_n13_bits_of_the_cpu(family, case):
+    """Also: every element of a gradient is written, and nothing is read from the workspace before it is."""
+    inputs, keywords, want = expected(family, case)
+    with poisoned():
+        assert_same(on_the_gpu(family, *inputs, **keywords), want)
+
+
+SHAPES = {
+    "whole blocks": {"Sq": 256, "Sk": 384, "D": 64, "Dv": 64},
+    "several chunks of dims": {"B": 1, "Sq": 200, "Sk": 330, "Hq": 6, "Hk": 2, "D": 128, "Dv": 80},
+    "largest head dims": {"B": 1, "Sq": 130, "Sk": 200, "Hq": 2, "Hk": 1, "D": 256, "Dv": 256},
+    "wide values": {"B": 1, "Sq": 70, "Sk": 150, "Hq": 2, "Hk": 2, "D": 40, "Dv": 200},
+    "many heads": {"B": 1, "Sq": 65, "Sk": 65, "Hq": 32, "Hk": 1},
+    "one row": {"Sq": 1, "Sk": 700, "Hq": 8, "Hk": 2, "D": 64},
+}
+
+
+@every_dtype
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_n13_shapes(family, dtype, causal, shape):
+    inputs = tensors(dtype=dtype, **shape)
+    assert_same(on_the_gpu(family, *inputs, causal=causal), on_the_cpu(family, *inputs, causal=causal))
+    if inputs[0].shape[1] > 1:
+        assert_noticed(family, *inputs, causal=causal)
+
+
+@every_dtype
+def test_n13_sinks_over_many_rows_and_sequences(family, dtype):
+    """Rows enough for several rounds of the kernel that sums them, and sequences whose sums are added in order."""
+    inputs = tensors(B=3, Sq=17000, Sk=20, Hq=2, Hk=1, D=8, Dv=8, dtype=dtype)
+    keywords = {"sinks": normal((2,), 11), "seqused_q": int32(17000, 16385, 0)}
+    want = on_the_cpu(family, *inputs, **keywords)
+    assert_same(on_the_gpu(family, *inputs, **keywords), want)
+    q, k, v, dout = inputs
+    backwards = q.flip(1), k, v, dout.flip(1)  # the same terms in another order
+    sinks = keywords["sinks"]
+    assert bits_differ(on_the_gpu(family, *backwards, sinks=sinks)[3], on_the_gpu(family, *inputs, sinks=sinks)[3]) > 0
+
+
+def test_huge_logits():
+    q, k, v, dout = tensors(B=1, Sq=6, Sk=9, Hq=1, Hk=1, D=4, Dv=4)
+    fma = FAMILIES["fma"]
+    want = on_the_cpu(fma, q * 3e7, k, v, dout, scale=1.0)
+    assert_same(on_the_gpu(fma, q * 3e7, k, v, dout, scale=1.0), want)
+
+
+PACKED = {
+    "plain": {},
+    "lengths": {"seqused_q": int32(1, 2, 0, 60), "seqused_k": int32(40, 0, 0, 199)},
+    "everything": {
+        "k_pos": int32(0, 3, 700, 64),
+        "seqused_k": int32(50, 1, 0, 199),
+        "alibi_slopes": normal((4, 4), 5) / 8,
+        "sinks": normal((4,), 6),
+        "window": (90, -1),
+        "softcap": 3.0,
+    },
+}
+
+
+def packed(cu_q, cu_k):
+    return lambda *qkv, **keywords: fad.attn_varlen(*qkv, cu_q, cu_k, **keywords)
+
+
+@every_dtype
+@pytest.mark.parametrize("options", PACKED.values(), ids=PACKED)
+def test_n13_packed_sequences(family, dtype, options):
+    """One without rows, one without keys, and rows and keys behind the last sequence."""
+    inputs = [x[0] for x in tensors(B=1, Sq=180, Sk=270, D=40, dtype=dtype)]
+    cu = int32(0, 3, 9, 9, 175), int32(0, 50, 51, 51, 251)
+    with poisoned():
+        got = on_the_gpu(family, *inputs, function=packed(*moved(cu)), causal=True, **options)
+    assert_same(got, on_the_cpu(family, *inputs, function=packed(*cu), causal=True, **options))
+    assert not got[0][175:].any()
+    assert not got[1][251:].any()
+    assert not got[2][251:].any()
+
+
+@every_family
+def test_n13_thousand_packed_sequences(family):
+    rows, keys = integers(1000, 0, 3, 1), integers(1000, 0, 200, 2)
+    cu = [torch.cat([int32(0), x.cumsum(0, dtype=torch.int32)]) for x in (rows, keys)]
+    inputs = [x[0] for x in tensors(B=1, Sq=int(cu[0][-1]) + 5, Sk=int(cu[1][-1]) + 7, Hq=2, Hk=1, dtype=family.dtype)]
+    got = on_the_gpu(family, *inputs, function=packed(*moved(cu)), causal=True)
+    assert_same(got, on_the_cpu(family, *inputs, function=packed(*cu), causal=True))
+
+
+# ---- what must not be seen -------------------------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
+def test_n11_n14_poison_reaches_only_what_sees_it(family, dtype, poison, name):
+    inputs = dict(zip(("q", "k", "v", "dout"), tensors(Sq=150, Sk=150, dtype=dtype), strict=True))
+    options = {"causal": True, "window": (3, -1)}
+    clean = on_the_gpu(family, *inputs.values(), **options)
+    inputs[name] = inputs[name].clone()
+    inputs[name][0, 70] = poison  # row 70 sees keys 67 .. 70; key 70 is seen by rows 70 .. 73
+    got = on_the_gpu(family, *inputs.values(), **options)
+    assert_same(got, on_the_cpu(family, *inputs.values(), **options))
+    near = torch.arange(150)
+    far = (near < 67) | (near > 73)
+    for a, b in zip(got, clean, strict=True):
+        assert_bits_equal(a[1], b[1], "other sequence")
+        assert_bits_equal(a[0, far], b[0, far], "far away")
+    assert not got[0][0, 70].isfinite().all()
+
+
+@every_family
+def test_n11_unused_rows_may_hold_anything(family):
+    q, k, v, dout = tensors(Sq=20, Sk=30, dtype=family.dtype)
+    used = {"seqused_q": int32(20, 11), "seqused_k": int32(8, 30), "leftpad_k": int32(7, 0)}
+    clean = on_the_gpu(family, q, k, v, dout, causal=True, **used)
+    q[1, 11:] = dout[1, 11:] = math.nan
+    k[0, :7] = v[0, :7] = k[0, 15:] = v[0, 15:] = math.nan
+    got = on_the_gpu(family, q, k, v, dout, causal=True, **used)
+    assert_same(got, clean)
+    assert not got[0][1, 11:].any()
+    assert not got[1][0, :7].any()
+    assert not got[2][0, 15:].any()
+    assert got[1][0, 7:15].any()
+
+
+@every_dtype
+def test_strides_do_not_matter(family, dtype):
+    q, k, v, dout = moved(tensors(D=24, Dv=24, dtype=dtype))
+    want = on_the_cpu(family, *moved((q, k, v, dout), "cpu"), causal=True)
+    views = {
+        "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        "rows far apart": lambda x: x.new_full((*x.shape[:-1], 41), math.nan)[..., :24].copy_(x),
+        "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+        "dim first": lambda x: x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
+    }
+    for name, view in views.items():
+        leaves = [view(x).detach().requires_grad_() for x in (q, k, v)]
+        out = fad.attn(*leaves, causal=True, arithmetic=family.on_gpu)
+        assert_same(torch.autograd.grad(out, leaves, view(dout)), want, name)
+
+
+# ---- company ---------------------------------------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "softcap": 3.0}], ids=str)
+def test_n14_alone_in_any_batch_in_any_order(family, dtype, options):
+    inputs = moved(tensors(B=7, dtype=dtype))
+    whole = on_the_gpu(family, *inputs, **options)
+    for order in (*([b] for b in range(7)), [6, 5, 4, 3, 2, 1, 0], [3, 3, 0, 6], [1, 4]):
+        some = on_the_gpu(family, *(x[order] for x in inputs), **options)
+        assert_same(some, [x[order] for x in whole], str(order))
+    assert_noticed(family, *inputs, **options)
+
+
+@every_dtype
+def test_n14_packed_is_padded_is_alone(family, dtype):
+    rows, keys = (70, 0, 3, 100), (130, 9, 65, 200)
+    inputs = moved(tensors(B=4, dtype=dtype))
+    used = {"seqused_q": int32(*rows), "seqused_k": int32(*keys)}
+    padded = on_the_gpu(family, *inputs, causal=True, **used)
+    lengths = (rows, keys, keys, rows)
+    cut = [torch.cat([x[b, : n[b]] for b in range(4)]) for x, n in zip(inputs, lengths, strict=True)]
+    cu = [torch.cat([int32(0), int32(*n).cumsum(0, dtype=torch.int32)]) for n in (rows, keys)]
+    together = on_the_gpu(family, *cut, function=packed(*moved(cu)), causal=True)
+    for b in range(4):
+        one = on_the_gpu(
+            family, *(x[b : b + 1, : n[b]] for x, n in zip(inputs, lengths, strict=True)), causal=True
+        )  # fmt: skip
+        assert_same([x[b : b + 1, : n[b]] for x, n in zip(padded, lengths)], one, f"padded {b}")
+        starts = (cu[0][b], cu[1][b], cu[1][b])
+        parts = [x[None, at : at + n[b]] for x, at, n in zip(together, starts, lengths)]
+        assert_same(parts, one, f"packed {b}")
+    assert_noticed(family, *inputs, causal=True)
+
+
+@every_family
+def test_n14_heads_and_later_rows_do_not_matter(family):
+    """Some of the heads give their gradients; and the last rows of a sequence cannot reach dq of the first."""
+    q, k, v, dout = moved(tensors(B=1, Sq=300, Sk=300, Hq=6, Hk=3, dtype=family.dtype))
+    dq, dk, dv = on_the_gpu(family, q, k, v, dout, causal=True)
+    for h in range(3):
+        at, of = slice(2 * h, 2 * h + 2), slice(h, h + 1)
+        part = on_the_gpu(family, q[:, :, at], k[:, :, of], v[:, :, of], dout[:, :, at], causal=True)
+        assert_same(part, (dq[:, :, at], dk[:, :, of], dv[:, :, of]), f"kv head {h}")
+    for n in (1, 64, 65, 129, 257):
+        first = on_the_gpu(family, *(x[:, :n] for x in (q, k, v, dout)), causal=True)
+        assert_bits_equal(first[0], dq[:, :n], f"{n} rows")
+        assert bits_differ(first[1], dk[:, :n]) > 0
+
+
+@every_dtype
+def test_n14_fifty_runs_also_beside_other_work(family, dtype):
+    inputs = moved(tensors(B=2, Sq=300, Sk=300, D=64, Dv=64, dtype=dtype))
+    first = on_the_gpu(family, *inputs, causal=True)
+    other, noise = torch.cuda.Stream(), torch.randn(1024, 1024, device="cuda")
+    for i in range(50):
+        if i % 2:
+            with torch.cuda.stream(other):
+                noise = noise @ noise
+        assert_same(on_the_gpu(family, *inputs, causal=True), first, f"run {i}")
+    torch.cuda.synchronize()
+    assert_noticed(family, *inputs, causal=True)
+
+
+# ---- streams, graphs, memory -----------------------------------------------------------------------------------------
+
+
+def backward_arguments(family, q, k, v, dout, **keywords):
+    """The arguments of the op bwd, on the GPU."""
+    q, k, v, dout = moved((q, k, v, dout))
+    options = {"causal": True, "scale": None, "window": (-1, -1), "softcap": 0.0, "alibi_slopes": None, "sinks": None}
+    arguments = _arguments(
+        q, k, v, **{**options, **moved(keywords)}, split_size=128, arithmetic=family.on_gpu, differentiable=True
+    )
+    out, lse = ops.fwd(*arguments)
+    return [*arguments[:13], dout, out, lse, lse.new_empty(0), *arguments[13:]]
+
+
+DOUT = 13  # its place among them
+
+
+@every_dtype
+def test_kernels_run_on_the_current_stream(family, dtype):
+    """dout is there only behind a delay on a stream of ours. The control uses another stream, and overtakes it."""
+    inputs = tensors(dtype=dtype)
+    want = on_the_cpu(family, *inputs, causal=True, split_size=128)
+    arguments = backward_arguments(family, *inputs)
+    dout, late = arguments[DOUT], torch.full_like(arguments[DOUT], math.nan)
+    ops.bwd(*arguments)
+    arguments[DOUT] = late
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        busy()
+        late.copy_(dout)
+        ours = ops.bwd(*arguments)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        control = ops.bwd(*arguments)
+    torch.cuda.synchronize()
+    assert_same(ours[:3], want)
+    assert control[0].isnan().any()
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+@every_family
+def test_call_waits_for_nothing(family):
+    arguments = backward_arguments(
+        family, *tensors(dtype=family.dtype), sinks=normal((4,), 6), seqused_k=int32(200, 20)
+    )
+    ops.bwd(*arguments)
+    torch.cuda.synchronize()
+    finished = torch.cuda.Event()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        busy()
+        ops.bwd(*arguments)
+        finished.record()
+        assert not finished.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+
+
+@every_dtype
+def test_graph_of_a_training_step_replays_with_other_values_and_lengths(family, dtype):
+    q, k, v, dout = tensors(B=3, Sq=40, Sk=300, dtype=dtype)
+    leaves = [x.cuda().requires_grad_() for x in (q, k, v)]
+    on_gpu, used = dout.cuda(), int32(300, 300, 300).cuda()
+
+    def step():
+        out = fad.attn(*leaves, causal=True, seqused_k=used, arithmetic=family.on_gpu)
+        return torch.autograd.grad(out, leaves, on_gpu)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for i, lengths in enumerate(((300, 129, 1), (0, 300, 64), (128, 127, 213))):
+        other = normal(dout.shape, 50 + i, dtype)
+        used.copy_(int32(*lengths))
+        on_gpu.copy_(other)
+        for x in results:
+            x.fill_(math.nan)
+        graph.replay()
+        want = on_the_cpu(family, q, k, v, other, causal=True, seqused_k=int32(*lengths))
+        assert_same(results, want, f"lengths {lengths}")
+
+
+@every_family
+def test_extra_memory_is_of_the_order_of_the_rows(family):
+    """Beside the gradients: the workspace, which does not grow with the number of keys, and goes back."""
+    extra = []
+    for Sk in (1024, 4096):
+        arguments = backward_arguments(family, *tensors(Sq=1024, Sk=Sk, D=64, Dv=64, dtype=family.dtype))
+        ops.bwd(*arguments)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        results = ops.bwd(*arguments)
+        after = torch.cuda.memory_allocated()
+        extra.append(torch.cuda.max_memory_allocated() - after)
+        assert after - before < sum(x.numel() * x.element_size() + 1024 for x in results)
+        del results
+        assert torch.cuda.memory_allocated() == before
+    rows = 2 * 4 * 1024  # batch, heads, rows
+    assert 0 < extra[0] == extra[1] < rows * 16
+
+
+# ---- torch -----------------------------------------------------------------------------------------------------------
+
+
+@every_family
+def test_flash_attn_func_has_the_same_gradients(family):
+    for name in family.by_default:
+        q, k, v, dout = moved(tensors(D=24, Dv=24, dtype=family.dtypes[name]))
+        want = on_the_gpu(family, q, k, v, dout, causal=True, softcap=4.0)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = fad.flash_attn_func(*leaves, causal=True, softcap=4.0)
+        assert_same(torch.autograd.grad(out, leaves, dout), want)
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+@every_dtype
+def test_compile_gives_the_same_bits(family, dtype):
+    q, k, v, dout = moved(tensors(dtype=dtype))
+    sinks = normal((4,), 8).cuda()
+    options = {"causal": True, "softcap": 4.0, "arithmetic": family.on_gpu}
+    want = gradients(q, k, v, dout, sinks=sinks, **options)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, sinks)]
+    compiled = torch.compile(lambda q, k, v, sinks: fad.attn(q, k, v, sinks=sinks, **options), fullgraph=True)
+    assert_same(torch.autograd.grad(compiled(*leaves), leaves, dout), want)
+
+
+@every_family
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_gives_the_same_bits(family, reentrant):
+    q, k, v, dout = moved(tensors(dtype=family.dtype))
+    want = on_the_gpu(family, q, k, v, dout, causal=True)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    function = lambda *qkv: fad.attn(*qkv, causal=True, arithmetic=family.on_gpu)  # noqa: E731
+    checkpoint(function, *leaves, use_reentrant=reentrant).backward(dout)
+    assert_same([x.grad for x in leaves], want)
+
+
+@every_dtype
+def test_under_use_deterministic_algorithms(family, dtype):
+    inputs = tensors(dtype=dtype)
+    want = on_the_gpu(family, *inputs, causal=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_same(on_the_gpu(family, *inputs, causal=True), want)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@every_dtype
+def test_opcheck(family, dtype):
+    arguments = backward_arguments(family, *tensors(Sq=5, dtype=dtype), sinks=normal((4,), 8), softcap=3.0)
+    torch.library.opcheck(ops.bwd, arguments)
+
+
+@every_family
+def test_only_some_inputs_require_grad(family):
+    q, k, v, dout = moved(tensors(dtype=family.dtype))
+    want = on_the_gpu(family, q, k, v, dout, causal=True)
+    leaf = k.clone().requires_grad_()
+    out = fad.attn(q, leaf, v, causal=True, arithmetic=family.on_gpu)
+    assert_bits_equal(torch.autograd.grad(out, leaf, dout)[0], want[1])
+    with torch.no_grad():
+        assert not fad.attn(q, leaf, v, arithmetic=family.on_gpu).requires_grad
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@every_family
+def test_tensors_choose_the_device(family):
+    inputs = tensors(dtype=family.dtype)
+    want = on_the_cpu(family, *inputs, causal=True)
+    for current, other in ((0, 1), (1, 0)):
+        with torch.cuda.device(current):
+            got = gradients(*moved(inputs, f"cuda:{other}"), causal=True, arithmetic=family.on_gpu)
+            assert torch.cuda.current_device() == current
+        assert {x.device.index for x in got} == {other}
+        assert_same(got, want)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_what_has_no_backward_says_so():
+    q, k, v, _ = moved(tensors(Sk=160))
+    with pytest.raises(NotImplementedError, match=r"^float64 has no CUDA kernel"):
+        fad.attn(*(x.double().requires_grad_() for x in (q, k, v)))
+    with pytest.raises(NotImplementedError, match="no gradient of alibi_slopes"):
+        fad.attn(q, k, v, alibi_slopes=torch.ones(4, device="cuda", requires_grad=True))
+    pages = [x.reshape(20, 16, 2, -1) for x in (k, v)]
+    table = torch.arange(20, dtype=torch.int32, device="cuda").view(2, 10)
+    keywords = {"block_table": table, "seqused_k": int32(160, 160).cuda()}
+    with pytest.raises(NotImplementedError, match="flash_attn_det has no backward yet, but k requires grad"):
+        fad.attn_varlen(q.flatten(0, 1), pages[0].requires_grad_(), pages[1], int32(0, 100, 200).cuda(), **keywords)
