@@ -43,6 +43,7 @@ FAMILIES = {
     "fma": Family(
         "fma", "fma", {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}, by_default=("fp32",)
     ),
+    "mma": Family("mma", "mma_sm90", {"fp16": torch.float16, "bf16": torch.bfloat16}, by_default=("fp16", "bf16")),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 OF_FAMILIES = [(f"{name} {dtype}", family, dtype) for name, family in FAMILIES.items() for dtype in family.dtypes]

@@ -1,11 +1,100 @@
-/* The backward of the mma family. */
-#include "host.cuh"
+/* The scheduler of the mma family's backward: sums of rows, then dk and dv by tiles of keys, then dq by tiles of rows. Each
+ * gradient has one owner, so that nothing is added in the order in which thread blocks happen to end. Free to change. */
+#include "mma_backward_sums.cuh"
+#include "mma_check.cuh"
 
-static fad_status refuse() {
-    return fad_core->fail(FAD_UNSUPPORTED, "there is no backward of arithmetic 'mma', which is the default for float16 "
-                                           "and bfloat16 on a CUDA device: pass arithmetic='fma'");
+/* A kernel, and how many stages its pipeline has on this device. */
+struct Choice {
+    const BackwardKernel *kernel;
+    int stages;
+};
+
+struct Plan {
+    Choice keys, rows;
+    size_t shared_bytes; /* of the device */
+};
+
+/* The best kernel that the device's shared memory holds; a forced tile_rows chooses among those of the same dims. */
+static Choice choose_kernel(const fad_attn_problem *p, const BackwardKernels &table, size_t shared_bytes) {
+    const int64_t dims = max(p->D, p->Dv), forced = fad_core->forced_schedule()->tile_rows;
+    Choice best = {nullptr, 0};
+    for (const BackwardKernel *k = table.begin; k < table.end; k++) {
+        const bool narrowest = k->dims >= dims && (k->dims == 64 || k->dims / 2 < dims);
+        const int stages = k->shared_bytes[1] <= shared_bytes ? 2 : k->shared_bytes[0] <= shared_bytes ? 1 : 0;
+        if (narrowest && stages && (!best.kernel || (forced && best.kernel->tile > forced)))
+            best = {k, stages};
+    }
+    return best;
 }
 
-fad_status mma_backward_workspace(const fad_attn_problem *, int32_t, size_t *) { return refuse(); }
+static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
+    Device device;
+    const bool bf16 = p->dtype == FAD_BFLOAT16;
+    TRY(check_lengths(p));
+    TRY(get_device(&device));
+    plan->shared_bytes = (size_t)device.shared_bytes;
+    plan->keys = choose_kernel(p, bf16 ? mma_backward_keys_bf16() : mma_backward_keys_fp16(), plan->shared_bytes);
+    plan->rows = choose_kernel(p, bf16 ? mma_backward_rows_bf16() : mma_backward_rows_fp16(), plan->shared_bytes);
+    if (!plan->keys.kernel || !plan->rows.kernel)
+        return fad_core->fail(FAD_UNSUPPORTED,
+                              "the backward of head dims %lld and %lld needs more shared memory than this device has",
+                              (long long)p->D, (long long)p->Dv);
+    return FAD_OK;
+}
 
-fad_status mma_backward(const fad_attn_problem *, const fad_attn_gradients *, const fad_runtime *) { return refuse(); }
+static fad_status check_tensors(const fad_attn_problem *p, const fad_attn_gradients *g) {
+    const int64_t entries_q = p->cu_seqlens_q ? 1 : p->B, entries_k = fad_cache_entries(p);
+    TRY(check_rows("q", p->q, entries_q, p->Sq, p->Hq, p->D));
+    TRY(check_rows("k", p->k, entries_k, p->Sk, p->Hk, p->D));
+    TRY(check_rows("v", p->v, entries_k, p->Sk, p->Hk, p->Dv));
+    TRY(check_rows("out", p->out, entries_q, p->Sq, p->Hq, p->Dv));
+    TRY(check_rows("dout", g->dout, entries_q, p->Sq, p->Hq, p->Dv));
+    TRY(check_rows("dq", g->dq, entries_q, p->Sq, p->Hq, p->D));
+    TRY(check_rows("dk", g->dk, entries_k, p->Sk, p->Hk, p->D));
+    return check_rows("dv", g->dv, entries_k, p->Sk, p->Hk, p->Dv);
+}
+
+/* The workspace: an array after the other, each on a 64-byte boundary. Returns the bytes. */
+static size_t lay_out_sums(const fad_attn_problem *p, char *base, RowSums *sums) {
+    const size_t rows = (size_t)((p->cu_seqlens_q ? 1 : p->B) * p->Hq * p->Sq);
+    const size_t bytes = (rows * sizeof(float) + 63) / 64 * 64;
+    *sums = {(float *)base, (float *)(base + bytes), (int *)(base + 2 * bytes)};
+    return 3 * bytes;
+}
+
+fad_status mma_backward_workspace(const fad_attn_problem *p, int32_t, size_t *bytes) {
+    Plan plan;
+    RowSums sums;
+    TRY(make_plan(p, &plan));
+    *bytes = lay_out_sums(p, nullptr, &sums);
+    return FAD_OK;
+}
+
+/* Tiles of keys that a grid must hold: exact for dense calls, an upper bound for packed ones (each sequence, and the rows
+ * behind the last, round up once). */
+static int64_t key_tile_bound(const fad_attn_problem *p, int keys) {
+    if (!p->cu_seqlens_k)
+        return p->B * p->Hk * ((p->Sk + keys - 1) / keys);
+    return p->Hk * (p->Sk / keys + fad_sequence_count(p));
+}
+
+fad_status mma_backward(const fad_attn_problem *p, const fad_attn_gradients *g, const fad_runtime *runtime) {
+    Plan plan;
+    RowSums sums;
+    fad_attn_problem gradient = *p;
+    TRY(check_tensors(p, g));
+    TRY(make_plan(p, &plan));
+    lay_out_sums(p, (char *)runtime->workspace, &sums);
+    gradient.q = g->dq, gradient.k = g->dk, gradient.v = g->dv, gradient.out = g->dout, gradient.lse = g->dlse;
+    auto run = [&](const Choice &choice, int64_t tiles) {
+        const BackwardKernel &kernel = *choice.kernel;
+        return launch(kernel.run, tiles, kernel.threads, kernel.shared_bytes[choice.stages - 1], runtime->stream,
+                      {plan.shared_bytes, false}, *p, gradient, sums, choice.stages);
+    };
+    TRY(launch(p->dtype == FAD_BFLOAT16 ? sum_rows<FAD_BFLOAT16> : sum_rows<FAD_FLOAT16>, tile_bound(*p, SUM_ROWS),
+               SUM_THREADS, 0, runtime->stream, {}, *p, gradient, sums));
+    TRY(run(plan.keys, key_tile_bound(p, plan.keys.kernel->tile)));
+    TRY(run(plan.rows, tile_bound(*p, plan.rows.kernel->tile)));
+    return g->d_sinks ? launch(sum_sinks, p->Hq, SUM_THREADS, 0, runtime->stream, {}, *p, sums, (float *)g->d_sinks)
+                      : FAD_OK;
+}

@@ -12,18 +12,24 @@ template <int CHUNKS> static __device__ __forceinline__ int swizzled(int row, in
     return (row * CHUNKS + (chunk ^ (row / ROWS_A_LINE & MASK))) * 16;
 }
 
-/* The packed query rows of a tile, zeros past the active ones. Here and below the scheduler has made sure that rows can
- * be read 16 bytes at a time. */
+/* The packed rows of a tile from a view of q's shape, zeros past the active ones; first_element: where the tile's
+ * sequence starts. Numbers come by reference, so that they are read where they lie and no register holds them. Here and
+ * below the scheduler has made sure that rows can be read 16 bytes at a time. */
 template <int ROWS, int CHUNKS, int THREADS>
-static __device__ __forceinline__ void load_queries(char *to, const fad_attn_problem &p, const Tile &t, int thread) {
+static __device__ __forceinline__ void load_tile_rows(char *to, const fad_view &view, const int64_t &first_element,
+                                                      const int64_t &dims, const Tile &t, int thread) {
 #pragma unroll 2
     for (int at = thread; at < ROWS * CHUNKS; at += THREADS) {
         const int r = at / CHUNKS, chunk = at % CHUNKS;
         const Row row = row_of(t, r);
-        const int64_t first = t.seq.q + row.i * p.q.stride_s + row.h * p.q.stride_h;
-        cp_async16(to + swizzled<CHUNKS>(r, chunk), (const char *)p.q.data + 2 * (first + chunk * 8),
-                   r < t.n_active && chunk * 8 < p.D ? 16 : 0);
+        const int64_t first = first_element + row.i * view.stride_s + row.h * view.stride_h;
+        cp_async16(to + swizzled<CHUNKS>(r, chunk), (const char *)view.data + 2 * (first + chunk * 8),
+                   r < t.n_active && chunk * 8 < dims ? 16 : 0);
     }
+}
+template <int ROWS, int CHUNKS, int THREADS>
+static __device__ __forceinline__ void load_queries(char *to, const fad_attn_problem &p, const Tile &t, int thread) {
+    load_tile_rows<ROWS, CHUNKS, THREADS>(to, p.q, t.seq.q, p.D, t, thread);
 }
 
 /* K or V of one sequence and kv head. */

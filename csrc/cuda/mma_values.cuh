@@ -20,11 +20,11 @@ template <fad_dtype T> static __device__ __forceinline__ unsigned exponents_full
     return ((pair & EXPONENTS) + LOWEST) & 0x80008000u;
 }
 
-/* Whether this warp finds Inf or NaN in the values of a block. */
-template <fad_dtype T, int CHUNKS> static __device__ bool values_not_finite(const char *v) {
+/* Whether this warp finds Inf or NaN in the values of KEYS keys. */
+template <fad_dtype T, int CHUNKS, int KEYS = BLOCK_KEYS> static __device__ bool values_not_finite(const char *v) {
     unsigned full = 0;
 #pragma unroll 4
-    for (int at = threadIdx.x % 32; at < BLOCK_KEYS * CHUNKS; at += 32) {
+    for (int at = threadIdx.x % 32; at < KEYS * CHUNKS; at += 32) {
         const uint4 x = ((const uint4 *)v)[at];
         full |= exponents_full<T>(x.x) | exponents_full<T>(x.y) | exponents_full<T>(x.z) | exponents_full<T>(x.w);
     }

@@ -13,6 +13,11 @@ static __device__ __forceinline__ void cp_async16(void *to, const void *from, in
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                  : "memory");
 }
+/* The same of 4 bytes, or of none. */
+static __device__ __forceinline__ void cp_async4(void *to, const void *from, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
+}
 /* Closes the group of copies that this thread has started. */
 static __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /* Waits until at most PENDING of this thread's groups are unfinished. Other threads see them after a barrier. */
