@@ -51,7 +51,8 @@ constexpr int ALL_CONSUMERS = 8; /* a named barrier; 1 + group is a consumer's o
 template <class S> struct HopperShared {
     alignas(1024) char ring[S::SLOTS][S::SLOT]; /* parts of K and V, in the order in which they are used */
     char q[S::Q_BUFFERS][S::CONSUMERS][S::Q_TILE];
-    float4 rest[S::REST_IN_SHARED ? S::CONSUMERS : 0][S::N][GROUP_THREADS]; /* the running O of the splits before */
+    /* Of each consuming warp: the running O of the splits before; in the end all of it. */
+    float4 rest[S::REST_IN_SHARED ? S::CONSUMERS * GROUP_WARPS : 0][S::N][32];
     HopperItem items[ITEMS];
     /* full: the copies have arrived. empty: every consuming warp is done with it. */
     MemoryBarrier full[S::SLOTS], empty[S::SLOTS];
@@ -139,10 +140,10 @@ static __device__ __forceinline__ void produce_keys(const fad_attn_problem &p, c
     }
 }
 
-/* Each item's rows of q, as soon as the consumers have read those that lay there before; a row a thread. */
+/* Each item's rows of q, as soon as the consumers have read those that lay there before. */
 template <class S>
 static __device__ __forceinline__ void produce_queries(const fad_attn_problem &p, HopperShared<S> &sm) {
-    const int thread = threadIdx.x % (QUERY_WARPS * 32);
+    const int thread = threadIdx.x % (QUERY_WARPS * 32), lane = thread % 32;
     Ring buffer;
     for (Ring slot;; slot.advance(ITEMS), buffer.advance(S::Q_BUFFERS)) {
         const HopperItem &item = sm.items[slot.index];
@@ -150,16 +151,18 @@ static __device__ __forceinline__ void produce_queries(const fad_attn_problem &p
         if (!item.exists)
             return;
         barrier_wait(sm.q_empty[buffer.index], buffer.round ^ 1);
-        for (int r = thread; r < S::ROWS; r += QUERY_WARPS * 32) {
-            const bool active = r < item.t.n_active;
-            const Row row = row_of(item.t, active ? r : 0);
-            const char *from =
-                (const char *)p.q.data + 2 * (item.t.seq.q + row.i * p.q.stride_s + row.h * p.q.stride_h);
-            char *to = sm.q[buffer.index][r / GROUP_ROWS];
-#pragma unroll
-            for (int chunk = 0; chunk < S::N; chunk++)
-                cp_async16(to + chunk / 8 * S::Q_BOX + swizzled<8>(r % GROUP_ROWS, chunk % 8), from + chunk * 16,
-                           active && chunk * 8 < p.D ? 16 : 0);
+        for (int first = 0; first < S::ROWS; first += 32) {
+            /* A lane finds a row, and the lanes that copy its chunks ask that lane. */
+            const Row row = row_of(item.t, min(first + lane, max(item.t.n_active, 1) - 1));
+            const int64_t place = item.t.seq.q + row.i * p.q.stride_s + row.h * p.q.stride_h;
+            char *to = sm.q[buffer.index][first / GROUP_ROWS];
+#pragma unroll 4
+            for (int at = thread; at < 32 * S::N; at += QUERY_WARPS * 32) {
+                const int r = at / S::N, chunk = at % S::N;
+                const char *from = (const char *)p.q.data + 2 * __shfl_sync(~0u, place, r) + chunk * 16;
+                cp_async16(to + chunk / 8 * S::Q_BOX + swizzled<8>(first % GROUP_ROWS + r, chunk % 8), from,
+                           first + r < item.t.n_active && chunk * 8 < p.D ? 16 : 0);
+            }
         }
         cp_async_commit();
         cp_async_wait<0>();
@@ -173,13 +176,17 @@ static __device__ __forceinline__ void produce_queries(const fad_attn_problem &p
 
 /* ---- consumers ---- */
 
+/* What is the same in all lanes of a warp, told to the compiler: it keeps it, and what is computed from it, in the
+ * registers of the warp. */
+static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
 /* The 64 rows of a warpgroup; a warp has 16 of them. */
 template <class S> struct HopperConsumer {
     const fad_attn_problem &p;
     HopperShared<S> &sm;
     const ScoreRule rule;
-    const int group = threadIdx.x / GROUP_THREADS - 1, lane = threadIdx.x % 32;
-    const int first = group * GROUP_ROWS + threadIdx.x % GROUP_THREADS / 32 * 16; /* the warp's, in the tile */
+    const int group = uniform(threadIdx.x / GROUP_THREADS - 1), lane = threadIdx.x % 32;
+    const int first = uniform(group * GROUP_ROWS + threadIdx.x % GROUP_THREADS / 32 * 16); /* the warp's, in the tile */
     const uint64_t k_ring = matrix_descriptor(sm.ring, 16), v_ring = matrix_descriptor(sm.ring, S::BOX),
                    q_tiles = matrix_descriptor(sm.q[0][group], 16);
     Ring q_buffer;
@@ -200,7 +207,6 @@ template <class S> struct HopperConsumer {
         if (lane == 0)
             barrier_arrive(barrier);
     }
-    __device__ __forceinline__ void sync_group() const { named_barrier_sync(1 + group, GROUP_THREADS); }
 
     __device__ __forceinline__ void load_queries() {
         if constexpr (S::Q_IN_REGISTERS) {
@@ -261,12 +267,13 @@ template <class S> struct HopperConsumer {
         return (unsigned)(block - whole) >= (unsigned)n_whole;
     }
 
-    /* N4 to N6: from scores to probabilities. Returns whether references moved, alpha tells how O has to follow. */
-    template <class Meanwhile>
-    __device__ __forceinline__ bool softmax(ScoreTile &s, const HopperItem &item, int block, float (&alpha)[2],
-                                            Meanwhile meanwhile) {
-        const bool partial = is_partial(block);
-        if (partial || !rule.plain) {
+    /* N4 to N7: from scores to probabilities, and this lane's b_t in sum. Returns whether references moved; alpha tells
+     * how O and l have to follow. PLAIN: the rule is, and every row sees the whole block. */
+    template <bool PLAIN>
+    __device__ __forceinline__ bool softmax(ScoreTile &s, const HopperItem &item, int block, float (&sum)[2],
+                                            float (&alpha)[2]) {
+        const bool partial = !PLAIN && is_partial(block);
+        if (!PLAIN && (partial || !rule.plain)) {
             const RowView g(p, item.t, item.range, first + lane / 4), g8(p, item.t, item.range, first + lane / 4 + 8);
             if (!rule.plain)
                 apply_options(s, g, g8, rule, block);
@@ -278,7 +285,7 @@ template <class S> struct HopperConsumer {
         float x_max[2];
         row_maxima(s, x_max);
         const bool moved = references.advance(x_max, rule.c, alpha);
-        references.apply(s, rule.c, meanwhile);
+        references.apply<S::T>(s, rule.c, sum);
         return moved;
     }
 
@@ -329,12 +336,11 @@ template <class S> struct HopperConsumer {
                                    matrix_at(v_ring, values.part[part] * S::SLOT + k * 16 * 128));
     }
 
-    /* Where the running O rests, this thread's values GROUP_THREADS apart. */
+    /* Where the running O rests, this lane's values 32 apart. */
     __device__ __forceinline__ float4 *rest(const Work &work) const {
-        const int thread = threadIdx.x % GROUP_THREADS;
         if constexpr (S::REST_IN_SHARED)
-            return &sm.rest[group][0][thread];
-        return (float4 *)work.rest + ((int64_t)blockIdx.x * S::CONSUMERS + group) * S::N * GROUP_THREADS + thread;
+            return &sm.rest[first / 16][0][lane];
+        return (float4 *)work.rest + ((int64_t)blockIdx.x * S::ROWS + first) / 16 * S::N * 32 + lane;
     }
 
     /* N8, N9: the end of a split whose m and l are `part` and whose O is o. Leaves in total and o those of all so far. */
@@ -343,20 +349,32 @@ template <class S> struct HopperConsumer {
         if (work.partials.o)
             spill_rows(p, item.t, work.partials, item.range.split + splits, first, part, o, 0, true);
         else if (splits > 0)
-            fold_into(total, [&](int n) { return rest(work)[n * GROUP_THREADS]; }, sum, o);
+            fold_into(total, [&](int n) { return rest(work)[n * 32]; }, sum, o);
         total = sum;
         splits++;
     }
 
+    /* What a step has to be ready for. PLAIN: this block and the next are plain and in one split. */
+    enum Kind { PLAIN, ANY, LAST };
+
+    /* How many steps from `block` on are plain: they have a loop of their own, without the code of all that is rare, which
+     * would lie in the way and take registers. */
+    __device__ __forceinline__ int plain_steps(int block, int last) const {
+        if (!rule.plain || block < whole)
+            return 0;
+        return min(min(whole + n_whole - 1, last) - block, to_split_end - 1);
+    }
+
     /* Block `block` of an item: s holds its probabilities and, unless it is the last, at the end those of the next. */
-    template <bool LAST>
+    template <Kind KIND>
     __device__ __forceinline__ void step(const Work &work, const HopperItem &item, int block, ScoreTile &s) {
+        constexpr bool LAST = KIND == Kind::LAST, PLAIN = KIND == Kind::PLAIN;
         ProbabilityFragments a; /* in use until the values step is complete: not written again before */
         RowPair part;
         Slots keys;
-        float alpha[2] = {1, 1};
+        float alpha[2] = {1, 1}, sum[2] = {0, 0};
         bool moved = false;
-        const bool split_ends = LAST || --to_split_end == 0;
+        const bool split_ends = !PLAIN && (LAST || --to_split_end == 0);
         bool arrived = S::OVERLAP && block_arrived();
         round_probabilities<S::T>(a, s);
         if (S::OVERLAP && !LAST) {
@@ -367,23 +385,17 @@ template <class S> struct HopperConsumer {
             wgmma_commit();
         }
         const Slots values = wait_for_block(arrived);
-        if (is_partial(block) && values_not_finite(values))
+        if (!PLAIN && is_partial(block) && values_not_finite(values))
             add_guarded(a, values, item, block);
         wgmma_fence();
         start_values(a, values);
         wgmma_commit();
-        float sum[2]; /* b_t */
-        auto add_to_sum = [&](int n) {
-            add_to_lane<S::T>(sum[0], a, n, 0);
-            add_to_lane<S::T>(sum[1], a, n, 1);
-        };
-        if (!S::OVERLAP || LAST)
-#pragma unroll
-            for (int n = 0; n < KEY_TILES; n++)
-                add_to_sum(n);
         if (split_ends) {
-            part.m[0] = references.reference(0);
-            part.m[1] = references.reference(1);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                part.m[half] = references.reference(half);
+                part.l[half] = sum_lanes(l[half]);
+            }
             references.clear();
         }
         if (!LAST) {
@@ -399,31 +411,28 @@ template <class S> struct HopperConsumer {
                 wgmma_wait<1>();
             }
             release(keys);
-            moved = softmax(s, item, block + 1, alpha, [&](int n) {
-                if (S::OVERLAP)
-                    add_to_sum(n);
-            });
+            moved = softmax<PLAIN>(s, item, block + 1, sum, alpha);
         }
-        l[0] = fad_f32_add(l[0], sum[0]);
-        l[1] = fad_f32_add(l[1], sum[1]);
         if (S::OVERLAP || LAST) {
             wgmma_wait<0>();
             release(values);
         }
         if (split_ends) {
-            part.l[0] = sum_lanes(l[0]);
-            part.l[1] = sum_lanes(l[1]);
             close_split(work, item, part);
             if (!LAST) {
                 if (!work.partials.o)
-                    rest_state(rest(work), GROUP_THREADS, o);
+                    rest_state(rest(work), 32, o);
                 clear();
-                to_split_end = item.range.split_blocks;
+                to_split_end = uniform(item.range.split_blocks);
             }
         } else if (moved) {
             rescale(o, alpha);
             l[0] = fad_f32_mul(l[0], alpha[0]);
             l[1] = fad_f32_mul(l[1], alpha[1]);
+        }
+        if (!LAST) {
+            l[0] = fad_f32_add(l[0], sum[0]);
+            l[1] = fad_f32_add(l[1], sum[1]);
         }
     }
 
@@ -431,21 +440,31 @@ template <class S> struct HopperConsumer {
     __device__ __forceinline__ void run_blocks(const Work &work, const HopperItem &item) {
         ScoreTile s;
         float alpha[2];
-        const int last = item.range.blocks - 1;
-        to_split_end = item.range.to_split_end;
-        whole = item.range.whole;
-        n_whole = item.range.n_whole;
+        const int last = uniform(item.range.blocks) - 1;
+        to_split_end = uniform(item.range.to_split_end);
+        whole = uniform(item.range.whole);
+        n_whole = uniform(item.range.n_whole);
         const Slots keys = wait_for_block();
         wgmma_fence();
         start_scores(s, keys);
         wgmma_commit();
         wgmma_wait<0>();
         release(keys);
-        softmax(s, item, 0, alpha, [](int) {});
+        softmax<false>(s, item, 0, l, alpha);
 #pragma unroll 1
-        for (int block = 0; block < last; block++)
-            step<false>(work, item, block, s);
-        step<true>(work, item, last, s);
+        for (int block = 0; block < last;) {
+            const int end = block + plain_steps(block, last);
+            if (block >= end) {
+                step<ANY>(work, item, block++, s);
+                continue;
+            }
+            to_split_end -= end - block;
+#pragma unroll 1
+            do
+                step<PLAIN>(work, item, block, s);
+            while (++block < end);
+        }
+        step<LAST>(work, item, last, s);
     }
 
     /* The item's splits that no row sees. */
@@ -457,21 +476,20 @@ template <class S> struct HopperConsumer {
 
     /* N9: O to out and lse. */
     __device__ __forceinline__ void finish(const HopperItem &item) {
-        char *staged = S::REST_IN_SHARED ? (char *)sm.rest[group] : sm.q[0][group];
-        staged -= group * GROUP_ROWS * S::D * 2; /* of the tile's row 0 */
-        sync_group();                            /* nobody in the group reads what lies there any more */
-        finish_rows<S::T, S::N>(p, item.t, first, total, o, staged, 0, true);
-        sync_group(); /* out is staged */
-        store_staged<GROUP_ROWS, S::N, GROUP_THREADS>(p, item.t, staged, threadIdx.x % GROUP_THREADS,
-                                                      group * GROUP_ROWS);
-        sync_group(); /* the place may be overwritten */
+        if constexpr (S::REST_IN_SHARED) {
+            finish_rows<S::T, S::N>(p, item.t, first, total, o, (float *)sm.rest[first / 16]);
+        } else {
+            named_barrier_sync(1 + group, GROUP_THREADS); /* the group's q may be overwritten, a quarter by each warp */
+            finish_rows<S::T, S::N / 2>(p, item.t, first, total, o, (float *)(sm.q[0][0] + first * S::D * 2));
+        }
+        __syncwarp(); /* the place may be overwritten */
     }
 
     __device__ __forceinline__ void run(const Work &work) {
         for (Ring slot;; slot.advance(ITEMS), q_buffer.advance(S::Q_BUFFERS)) {
             const HopperItem &item = sm.items[slot.index];
             barrier_wait(sm.item_full[slot.index], slot.round);
-            if (!item.exists)
+            if (!uniform(item.exists))
                 return;
             barrier_wait(sm.q_full[q_buffer.index], q_buffer.round);
             load_queries();
@@ -479,7 +497,7 @@ template <class S> struct HopperConsumer {
             clear();
             splits = 0;
             total = {{FAD_F32_SENTINEL, FAD_F32_SENTINEL}, {0, 0}};
-            if (item.range.blocks > 0)
+            if (uniform(item.range.blocks) > 0)
                 run_blocks(work, item);
             if (work.partials.o)
                 spill_others(work.partials, item);

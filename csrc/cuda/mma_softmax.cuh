@@ -144,6 +144,23 @@ static __device__ __forceinline__ void row_maxima(const ScoreTile &s, float (&x_
     }
 }
 
+/* Something rare to do to every score of a tile: a copy in memory goes round in little code, as registers cannot be
+ * indexed. change(x, half): of row g or g + 8. */
+template <class Change> static __device__ __forceinline__ void change_apart(ScoreTile &s, Change change) {
+    float4 copy[KEY_TILES];
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++)
+        copy[n] = make_float4(s[n][0], s[n][1], s[n][2], s[n][3]);
+#pragma unroll 1
+    for (int n = 0; n < KEY_TILES; n++) {
+        const float4 x = copy[n];
+        copy[n] = make_float4(change(x.x, 0), change(x.y, 0), change(x.z, 1), change(x.w, 1));
+    }
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++)
+        s[n][0] = copy[n].x, s[n][1] = copy[n].y, s[n][2] = copy[n].z, s[n][3] = copy[n].w;
+}
+
 /* N6 where |m| > LIMIT, and everywhere. */
 static __device__ __forceinline__ float far_argument(float x, float c, float m) {
     return fabsf(m) > FAD_F32_LIMIT ? fad_f32_sub(fad_f32_mul(x, c), m) : fad_f32_fma(x, c, -m);
@@ -151,19 +168,6 @@ static __device__ __forceinline__ float far_argument(float x, float c, float m) 
 
 /* P as the a operands of a block's four steps, rounded to the input type (N7). */
 typedef unsigned ProbabilityFragments[BLOCK_KEYS / 16][4];
-
-/* N6: p of scores s, in their place. argument(x, half) is what exp2 gets. meanwhile(n): something else to compute for
- * each n8 tile, because the unit that does exp2 takes an instruction every eight cycles. */
-template <class Argument, class Meanwhile>
-static __device__ __forceinline__ void exponentiate(ScoreTile &s, Argument argument, Meanwhile meanwhile) {
-#pragma unroll
-    for (int n = 0; n < KEY_TILES; n++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-            s[n][e] = ex2(argument(s[n][e], e / 2));
-        meanwhile(n);
-    }
-}
 
 /* N7: p rounded to the input type. */
 template <fad_dtype T>
@@ -173,21 +177,6 @@ static __device__ __forceinline__ void round_probabilities(ProbabilityFragments 
 #pragma unroll
         for (int half = 0; half < 2; half++)
             a[n / 2][n % 2 * 2 + half] = pack2<T>(p[n][2 * half], p[n][2 * half + 1]);
-}
-
-/* N7: adds n8 tile n of row g (half 0) or g + 8 (half 1) to this lane's b_t; tiles in ascending order. */
-template <fad_dtype T>
-static __device__ __forceinline__ void add_to_lane(float &sum, const ProbabilityFragments &a, int n, int half) {
-    const unsigned pair = a[n / 2][n % 2 * 2 + half];
-    const float both = fad_f32_add(low_half<T>(pair), high_half<T>(pair));
-    sum = n == 0 ? both : fad_f32_add(sum, both);
-}
-template <fad_dtype T> static __device__ __forceinline__ float lane_sum(const ProbabilityFragments &a, int half) {
-    float sum = 0;
-#pragma unroll
-    for (int n = 0; n < KEY_TILES; n++)
-        add_to_lane<T>(sum, a, n, half);
-    return sum;
 }
 
 /* N7, the end of a split: l from the l_t of a row's four lanes; all of them get it. */
@@ -221,9 +210,9 @@ struct References {
          * below all: if its first scores are that low, only the far form can tell. */
         bool moved = far, near = !far;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            moved |= now[i] > r[i] || (r[i] == EMPTY && x_max[i] != -INFINITY);
-            near &= now[i] > EMPTY || r[i] != EMPTY || x_max[i] == -INFINITY;
+        for (int i = 0; i < 2; i++) { /* | and &, because && would be a branch */
+            moved |= (now[i] > r[i]) | ((r[i] == EMPTY) & (x_max[i] != -INFINITY));
+            near &= (now[i] > EMPTY) | (r[i] != EMPTY) | (x_max[i] == -INFINITY);
             now[i] = fmaxf(now[i], r[i]);
             near &= fad_f32_bits(now[i]) <= HIGHEST;
         }
@@ -264,14 +253,27 @@ struct References {
         return __any_sync(~0u, moved);
     }
 
-    /* s becomes p of the references that advance() left; meanwhile(n) as in exponentiate. */
-    template <class Meanwhile> __device__ __forceinline__ void apply(ScoreTile &s, float c, Meanwhile meanwhile) const {
-        if (!far) {
-            const float m[2] = {fad_f32_sub(r[0], FAD_F32_MAGIC), fad_f32_sub(r[1], FAD_F32_MAGIC)};
-            exponentiate(s, [&](float x, int half) { return fad_f32_fma(x, c, -m[half]); }, meanwhile);
-        } else {
-            exponentiate(s, [&](float x, int half) { return far_argument(x, c, r[half]); }, meanwhile);
+    /* N6, N7: scores become p of the references that advance() left; sum: this lane's b_t, of p rounded to the input type.
+     * What is added up is rounded here already, where the unit that does exp2 leaves time, an instruction every eight
+     * cycles; and used at once, because the compiler puts off to the end what nobody waits for. */
+    template <fad_dtype T> __device__ __forceinline__ void apply(ScoreTile &s, float c, float (&sum)[2]) const {
+        float m[2] = {fad_f32_sub(r[0], FAD_F32_MAGIC), fad_f32_sub(r[1], FAD_F32_MAGIC)};
+        if (far) {
+            change_apart(s, [&](float x, int half) { return far_argument(x, c, half == 0 ? r[0] : r[1]); });
+            c = 1, m[0] = m[1] = 0; /* x * 1 - 0 is x */
         }
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float &x = s[n][2 * half], &y = s[n][2 * half + 1];
+                x = ex2(fad_f32_fma(x, c, -m[half]));
+                y = ex2(fad_f32_fma(y, c, -m[half]));
+                const unsigned pair = pack2<T>(x, y);
+                const float both = fad_f32_add(low_half<T>(pair), high_half<T>(pair));
+                sum[half] = n == 0 ? both : fad_f32_add(sum[half], both);
+            }
+        asm volatile("" : "+f"(sum[0]), "+f"(sum[1])); /* here, not where they are used */
     }
 };
 

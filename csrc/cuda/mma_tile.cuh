@@ -21,7 +21,7 @@ template <fad_dtype T_, int D_, int WARPS_, int RESIDENT_> struct MmaTileShape {
 };
 
 template <class S> struct MmaTileShared {
-    alignas(128) char q[S::ROWS * S::D * 2]; /* and out, staged */
+    alignas(128) char q[S::ROWS * S::D * 2]; /* in the end O, staged: half of it at a time */
     char k[BLOCK_KEYS * S::D * 2], v[BLOCK_KEYS * S::D * 2];
     RowTable<S::ROWS> rows;
     float total_m[S::ROWS], total_l[S::ROWS]; /* the state of the splits before */
@@ -76,7 +76,7 @@ template <class S> struct MmaWarp {
 
     /* N4 to N7: from scores to the a operands of the values step; O and l meet the references' move. */
     __device__ __forceinline__ void softmax(ScoreTile &s, int block, bool partial, ProbabilityFragments &a) {
-        float x_max[2], alpha[2];
+        float x_max[2], alpha[2], sum[2];
         if (!rule.plain)
             sm.rows.apply_options(s, rule, first, block);
         if (partial)
@@ -84,11 +84,11 @@ template <class S> struct MmaWarp {
         row_maxima(s, x_max);
         if (references.advance(x_max, rule.c, alpha))
             rescale(o, alpha);
-        references.apply(s, rule.c, [](int) {});
+        references.apply<S::T>(s, rule.c, sum);
         round_probabilities<S::T>(a, s);
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            l[half] = fad_f32_add(fad_f32_mul(l[half], alpha[half]), lane_sum<S::T>(a, half));
+            l[half] = fad_f32_add(fad_f32_mul(l[half], alpha[half]), sum[half]);
     }
 
     /* N7: O += P V, chains of steps over keys. */
@@ -203,9 +203,7 @@ static __device__ __forceinline__ void mma_tile_item(const fad_attn_problem &p, 
         spill_empty(p, sm.t, work.partials, range.split + splits, range.to, threadIdx.x, S::THREADS);
         return;
     }
-    finish_rows<S::T, S::CHUNKS>(p, sm.t, warp.first, warp.total(), warp.o, sm.q, 0, true);
-    __syncthreads(); /* out is staged */
-    store_staged<S::ROWS, S::CHUNKS, S::THREADS>(p, sm.t, sm.q, threadIdx.x);
+    finish_rows<S::T, S::N / 2>(p, sm.t, warp.first, warp.total(), warp.o, (float *)(sm.q + warp.first * S::D * 2));
 }
 
 template <class S>
