@@ -51,8 +51,9 @@ constexpr int ALL_CONSUMERS = 8; /* a named barrier; 1 + group is a consumer's o
 template <class S> struct HopperShared {
     alignas(1024) char ring[S::SLOTS][S::SLOT]; /* parts of K and V, in the order in which they are used */
     char q[S::Q_BUFFERS][S::CONSUMERS][S::Q_TILE];
-    /* Of each consuming warp: the running O of the splits before; in the end all of it. */
+    /* Of each consuming warp: the running O of the splits before; in the end out. */
     float4 rest[S::REST_IN_SHARED ? S::CONSUMERS * GROUP_WARPS : 0][S::N][32];
+    float2 l[S::CONSUMERS * GROUP_THREADS];       /* of each consuming thread: its l_t of rows g and g + 8 */
     HopperItem items[ITEMS];
     /* full: the copies have arrived. empty: every consuming warp is done with it. */
     MemoryBarrier full[S::SLOTS], empty[S::SLOTS];
@@ -184,7 +185,7 @@ static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x
 template <class S> struct HopperConsumer {
     const fad_attn_problem &p;
     HopperShared<S> &sm;
-    const ScoreRule rule;
+    const ScoreRule &rule;
     const int group = uniform(threadIdx.x / GROUP_THREADS - 1), lane = threadIdx.x % 32;
     const int first = uniform(group * GROUP_ROWS + threadIdx.x % GROUP_THREADS / 32 * 16); /* the warp's, in the tile */
     const uint64_t k_ring = matrix_descriptor(sm.ring, 16), v_ring = matrix_descriptor(sm.ring, S::BOX),
@@ -195,12 +196,11 @@ template <class S> struct HopperConsumer {
     int splits, to_split_end; /* that have ended; blocks up to the end of the current one */
     RowPair total;            /* of the splits that have ended */
     References references;
-    float l[2]; /* this lane's l_t of rows g and g + 8 */
     unsigned q[S::Q_IN_REGISTERS ? S::D / 16 : 1][4];
     float o[S::N][4];
 
-    __device__ HopperConsumer(const fad_attn_problem &problem, HopperShared<S> &shared)
-        : p(problem), sm(shared), rule(problem) {}
+    __device__ HopperConsumer(const fad_attn_problem &problem, const Work &work, HopperShared<S> &shared)
+        : p(problem), sm(shared), rule(work.rule) {}
 
     __device__ __forceinline__ void arrive(MemoryBarrier &barrier) const {
         __syncwarp();
@@ -222,7 +222,6 @@ template <class S> struct HopperConsumer {
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 o[n][e] = 0;
-        l[0] = l[1] = 0;
     }
 
     /* The slots of the ring where the next block of K or V lies; in use until released. */
@@ -343,6 +342,14 @@ template <class S> struct HopperConsumer {
         return (float4 *)work.rest + ((int64_t)blockIdx.x * S::ROWS + first) / 16 * S::N * 32 + lane;
     }
 
+    /* l has its place in shared memory, not only for want of registers: the compiler keeps this store before the wait for
+     * the values step, and with it exp2, which it would let wait otherwise. */
+    __device__ __forceinline__ float2 &l() const { return sm.l[threadIdx.x - GROUP_THREADS]; }
+    __device__ __forceinline__ void add_to_l(const float (&alpha)[2], const float (&sum)[2]) const {
+        l() = make_float2(fad_f32_add(fad_f32_mul(l().x, alpha[0]), sum[0]),
+                          fad_f32_add(fad_f32_mul(l().y, alpha[1]), sum[1]));
+    }
+
     /* N8, N9: the end of a split whose m and l are `part` and whose O is o. Leaves in total and o those of all so far. */
     __device__ __forceinline__ void close_split(const Work &work, const HopperItem &item, const RowPair &part) {
         RowPair sum = part;
@@ -372,7 +379,7 @@ template <class S> struct HopperConsumer {
         ProbabilityFragments a; /* in use until the values step is complete: not written again before */
         RowPair part;
         Slots keys;
-        float alpha[2] = {1, 1}, sum[2] = {0, 0};
+        float alpha[2], sum[2];
         bool moved = false;
         const bool split_ends = !PLAIN && (LAST || --to_split_end == 0);
         bool arrived = S::OVERLAP && block_arrived();
@@ -391,12 +398,9 @@ template <class S> struct HopperConsumer {
         start_values(a, values);
         wgmma_commit();
         if (split_ends) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                part.m[half] = references.reference(half);
-                part.l[half] = sum_lanes(l[half]);
-            }
+            part = {{references.reference(0), references.reference(1)}, {sum_lanes(l().x), sum_lanes(l().y)}};
             references.clear();
+            l() = make_float2(0, 0);
         }
         if (!LAST) {
             if (!S::OVERLAP) {
@@ -412,6 +416,7 @@ template <class S> struct HopperConsumer {
             }
             release(keys);
             moved = softmax<PLAIN>(s, item, block + 1, sum, alpha);
+            add_to_l(alpha, sum);
         }
         if (S::OVERLAP || LAST) {
             wgmma_wait<0>();
@@ -427,19 +432,13 @@ template <class S> struct HopperConsumer {
             }
         } else if (moved) {
             rescale(o, alpha);
-            l[0] = fad_f32_mul(l[0], alpha[0]);
-            l[1] = fad_f32_mul(l[1], alpha[1]);
-        }
-        if (!LAST) {
-            l[0] = fad_f32_add(l[0], sum[0]);
-            l[1] = fad_f32_add(l[1], sum[1]);
         }
     }
 
     /* Every block of an item. */
     __device__ __forceinline__ void run_blocks(const Work &work, const HopperItem &item) {
         ScoreTile s;
-        float alpha[2];
+        float alpha[2], sum[2];
         const int last = uniform(item.range.blocks) - 1;
         to_split_end = uniform(item.range.to_split_end);
         whole = uniform(item.range.whole);
@@ -450,7 +449,8 @@ template <class S> struct HopperConsumer {
         wgmma_commit();
         wgmma_wait<0>();
         release(keys);
-        softmax<false>(s, item, 0, l, alpha);
+        softmax<false>(s, item, 0, sum, alpha);
+        l() = make_float2(sum[0], sum[1]);
 #pragma unroll 1
         for (int block = 0; block < last;) {
             const int end = block + plain_steps(block, last);
@@ -476,12 +476,18 @@ template <class S> struct HopperConsumer {
 
     /* N9: O to out and lse. */
     __device__ __forceinline__ void finish(const HopperItem &item) {
+        char *staged;
         if constexpr (S::REST_IN_SHARED) {
-            finish_rows<S::T, S::N>(p, item.t, first, total, o, (float *)sm.rest[first / 16]);
+            staged = (char *)sm.rest[first / 16];
         } else {
+            staged = sm.q[0][0] + first * S::D * 2;
             named_barrier_sync(1 + group, GROUP_THREADS); /* the group's q may be overwritten, a quarter by each warp */
-            finish_rows<S::T, S::N / 2>(p, item.t, first, total, o, (float *)(sm.q[0][0] + first * S::D * 2));
         }
+        finish_rows<S::T>(p, item.t, first, total, o, staged, [&](bool x) {
+            return !__any_sync(~0u, named_barrier_or(1 + group, GROUP_THREADS, !x));
+        });
+        __syncwarp(); /* out is staged */
+        store_staged<S::N>(p, item.t, first, staged);
         __syncwarp(); /* the place may be overwritten */
     }
 
@@ -529,11 +535,12 @@ __global__ void __launch_bounds__(S::THREADS, 1)
             produce_items(p, work, sm);
     } else {
         take_registers<S::CONSUMER_REGISTERS>();
-        HopperConsumer<S>(p, sm).run(work);
+        HopperConsumer<S>(p, work, sm).run(work);
     }
 }
 
 template <class S> static HopperKernel hopper_kernel_of() {
+    static_assert(sizeof(HopperShared<S>) <= 227 * 1024, "more shared memory than a thread block can have");
     return {{S::ROWS, S::D, S::THREADS, true, sizeof(HopperShared<S>),
              S::REST_IN_SHARED ? 0 : S::CONSUMERS * S::N * GROUP_THREADS * sizeof(float4), nullptr},
             BLOCK_KEYS,

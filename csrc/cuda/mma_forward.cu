@@ -142,7 +142,8 @@ static fad_status run_splits(const fad_attn_problem *p, const Plan &plan, const 
     fad_partials of_splits = partials; /* a sink's state, if there is one, is not the kernel's */
     of_splits.n_splits = n_splits;
     const int64_t n_items = plan.n_tiles * runs_of(plan, n_splits);
-    return run(p, plan, {n_items, plan.n_tiles, plan.item_splits, nullptr, nullptr, of_splits}, runtime);
+    return run(p, plan, {n_items, plan.n_tiles, plan.item_splits, nullptr, nullptr, of_splits, ScoreRule(*p)},
+               runtime);
 }
 
 static fad_status forward(const fad_attn_problem *p, const fad_runtime *runtime) {
@@ -152,7 +153,8 @@ static fad_status forward(const fad_attn_problem *p, const fad_runtime *runtime)
     TRY(make_plan(p, &plan));
     char *const after_counter = (char *)runtime->workspace + COUNTER_BYTES;
     if (!plan.spill) /* every tile with all its splits */
-        return run(p, plan, {plan.n_tiles, plan.n_tiles, plan.n_splits, nullptr, after_counter, {}}, runtime);
+        return run(p, plan, {plan.n_tiles, plan.n_tiles, plan.n_splits, nullptr, after_counter, {}, ScoreRule(*p)},
+                   runtime);
     lay_out_partials(p, plan.n_splits, after_counter, &partials);
     TRY(run_splits(p, plan, partials, plan.n_splits, runtime));
     return fold_partials(p, partials, runtime->stream);

@@ -24,6 +24,18 @@ static __device__ __forceinline__ void fold_into(const RowPair &before, Rest res
         part.l[i] = fad_f32_fold(before.l[i], a[i], part.l[i], b[i]);
         part.m[i] = now;
     }
+    const bool same = a[0] == 1 && a[1] == 1 && b[0] == 1 && b[1] == 1;
+    if (__all_sync(~0u, same)) { /* most often; factors of 1 change nothing */
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            const float4 r = rest(n);
+            o[n][0] = fad_f32_add(r.x, o[n][0]);
+            o[n][1] = fad_f32_add(r.y, o[n][1]);
+            o[n][2] = fad_f32_add(r.z, o[n][2]);
+            o[n][3] = fad_f32_add(r.w, o[n][3]);
+        }
+        return;
+    }
 #pragma unroll
     for (int n = 0; n < N; n++) {
         const float4 r = rest(n);
@@ -46,18 +58,20 @@ static __device__ __forceinline__ float near_quotient(float o, float l, float in
     const float q = fad_f32_mul(o, inverse);
     return fad_f32_fma(fad_f32_fma(-q, l, o), inverse, q);
 }
-/* Whether that holds for some values of a row. */
-template <int N> static __device__ __forceinline__ bool quotients_near(const float (&x)[N], float l) {
-    unsigned largest = 0, smallest = ~0u; /* twice a value's bits: its magnitude; 0 is exact, and one less is large */
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        const unsigned bits = fad_f32_bits(x[i]);
-        largest = max(largest, bits + bits);
+/* Whether that holds for some values of a row: of each one's magnitude, or of their results that overflow is seen in. */
+struct QuotientRange {
+    static constexpr unsigned LOW = (127u - 80) << 24; /* 2^-80 */
+    unsigned smallest = ~0u; /* twice a value's bits, its magnitude, less 1: 0 is exact, and counts as large */
+    unsigned sum = 0;        /* of the rounded results, two by two: not finite if one of them is not */
+    __device__ __forceinline__ void add_value(float x) {
+        const unsigned bits = fad_f32_bits(x);
         smallest = min(smallest, bits + bits - 1);
     }
-    constexpr unsigned LOW = (127u - 80) << 24, HIGH = (127u + 100) << 24; /* 2^-80, 2^100 */
-    return l >= 0.5f && l < 0x1p100f && smallest >= LOW && largest < HIGH;
-}
+    template <fad_dtype T> __device__ __forceinline__ void add_result(unsigned pair) { sum = add2<T>(sum, pair); }
+    template <fad_dtype T> __device__ __forceinline__ bool near(float l) const {
+        return l >= 0.5f && l < 0x1p100f && smallest >= LOW && !exponents_full<T>(sum);
+    }
+};
 
 /* N9: two values of out, rounded, as one word. */
 template <fad_dtype T> static __device__ __forceinline__ unsigned round_out(float low, float high) {
@@ -67,15 +81,20 @@ template <fad_dtype T> static __device__ __forceinline__ unsigned round_out(floa
                              : fad_f16_round(low) | (unsigned)fad_f16_round(high) << 16;
 }
 
-/* N9: eight values of a row whose l and 1 / l these are, rounded; the first if they are in the range for it. */
-template <fad_dtype T>
-static __device__ __forceinline__ uint4 near_chunk(const float (&x)[8], float l, float inverse) {
-    auto pair = [&](int i) { return pack2<T>(near_quotient(x[i], l, inverse), near_quotient(x[i + 1], l, inverse)); };
-    return make_uint4(pair(0), pair(2), pair(4), pair(6));
-}
-template <fad_dtype T> static __device__ __forceinline__ uint4 divide_chunk(float (&x)[8], float l, float inverse) {
-    if (quotients_near(x, l))
-        return near_chunk<T>(x, l, inverse);
+/* N9: eight values of a row, rounded. */
+template <fad_dtype T> static __device__ __forceinline__ uint4 divide_chunk(float (&x)[8], float l) {
+    const float inverse = fad_f32_div(1.0f, l);
+    QuotientRange range;
+    unsigned pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        pairs[i] = pack2<T>(near_quotient(x[2 * i], l, inverse), near_quotient(x[2 * i + 1], l, inverse));
+        range.add_value(x[2 * i]);
+        range.add_value(x[2 * i + 1]);
+        range.add_result<T>(pairs[i]);
+    }
+    if (range.near<T>(l))
+        return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 #pragma unroll 1
     for (int turn = 0; turn < 8; turn++) { /* goes round, as registers cannot be indexed */
         const float last = fad_f32_finish_out(x[0], l);
@@ -102,72 +121,87 @@ static __device__ __forceinline__ uint4 finish_chunk(const fad_attn_problem &p, 
     }
     if (write_lse)
         store_lse(p, t, r, m, l);
-    return divide_chunk<T>(x, l, fad_f32_div(1.0f, l));
+    return divide_chunk<T>(x, l);
 }
 
-/* N8 (sink), N9, N10 for a warp's rows first .. first + 15 of the tile, all of them. By way of `staged`, 16 rows of
- * 8 * STAGED values for this warp alone. What runs once a tile is fetched slowly, and jumps make that worse: the common way
- * is a short loop without any, and says afterwards whether everything was in its range. */
-template <fad_dtype T, int STAGED, int N>
+/* N8 (sink), N9, N10 for a warp's rows first .. first + 15 of the tile: to lse, and rounded to `staged`, 16 rows of N chunks
+ * for this warp alone. What runs once a tile is fetched slowly, and jumps make that worse: the common way has none, and
+ * tells afterwards whether all values were in its range. all(x): whether x holds in all warps that call together. */
+template <fad_dtype T, int N, class All>
 static __device__ __forceinline__ void finish_rows(const fad_attn_problem &p, const Tile &t, int first, RowPair state,
-                                                   const float (&o)[N][4], float *staged) {
-    constexpr int MASK = STAGED < 8 ? STAGED - 1 : 7; /* against bank conflicts */
+                                                   float (&o)[N][4], char *staged, All all) {
     int lane = threadIdx.x % 32;
     /* The compiler must not know that these are the same for every tile: it would compute addresses before the loop over
      * tiles, and spill what the loop over blocks keeps in registers. */
     asm volatile("" : "+r"(lane), "+r"(first), "+l"(staged));
     const int g = lane / 4;
-    float sink[2] = {1, 1}, inverse[2];
+    float inverse[2];
+    bool near = true;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int r = first + g + half * 8;
         float &m = state.m[half], &l = state.l[half];
         if (r >= t.n_active)
             m = FAD_F32_SENTINEL, l = 0; /* whatever the unused rows of the tile have computed */
-        else if (p.sinks)
-            sink[half] = fold_sink(p, t, r, m, l);
+        if (p.sinks) {
+            const float sink = r < t.n_active ? fold_sink(p, t, r, m, l) : 1;
+#pragma unroll
+            for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int e = 2 * half; e < 2 * half + 2; e++)
+                    o[n][e] = fad_f32_mul(o[n][e], sink);
+        }
         if (lane % 4 == 0 && r < t.n_rows)
             store_lse(p, t, r, m, l);
         inverse[half] = fad_f32_div(1.0f, l);
     }
-    /* Where row first + lane % 16 of out begins: the lanes that store its chunks ask this one. */
-    const Row row = row_of(t, min(first + lane % 16, t.n_rows - 1));
-    const int64_t place = t.seq.out + row.i * p.out.stride_s + row.h * p.out.stride_h;
-    /* finish: eight values of a row, its l, 1 / l, and whether they exist, become their chunk of out. */
-    auto each_chunk = [&](int from, auto finish) {
-#pragma unroll 4
-        for (int at = lane; at < 16 * STAGED; at += 32) {
-            const int r = at / STAGED, n = at % STAGED, of = r % 8 * 4, d = (from + n) * 8;
-            const float4 *values = (const float4 *)(staged + (r * STAGED + (n ^ r & MASK)) * 8);
-            const float4 low = values[0], high = values[1];
-            float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-            const float l[2] = {__shfl_sync(~0u, state.l[0], of), __shfl_sync(~0u, state.l[1], of)};
-            const float one_over[2] = {__shfl_sync(~0u, inverse[0], of), __shfl_sync(~0u, inverse[1], of)};
-            uint16_t *to = (uint16_t *)p.out.data + __shfl_sync(~0u, place, r) + d;
-            const bool exists = first + r < t.n_rows && d < p.Dv;
-            const uint4 out = finish(x, r < 8 ? l[0] : l[1], r < 8 ? one_over[0] : one_over[1], exists);
-            if (exists)
-                *(uint4 *)to = out;
-        }
+    auto to = [&](int n, int half) {
+        return (unsigned *)(staged + swizzled<N>(g + half * 8, n) + lane % 4 * 4);
     };
 #pragma unroll
-    for (int from = 0; from < N; from += STAGED) {
-        bool near = true;
-        __syncwarp(); /* nobody reads what was staged */
+    for (int half = 0; half < 2; half++) {
+        const float l = state.l[half];
+        QuotientRange range;
 #pragma unroll
-        for (int n = 0; n < STAGED; n++)
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                *(float2 *)(staged + ((g + half * 8) * STAGED + (n ^ g & MASK)) * 8 + lane % 4 * 2) =
-                    make_float2(fad_f32_mul(o[from + n][2 * half], sink[half]),
-                                fad_f32_mul(o[from + n][2 * half + 1], sink[half]));
-        __syncwarp(); /* the values are staged */
-        each_chunk(from, [&](float(&x)[8], float l, float one_over, bool exists) {
-            near &= quotients_near(x, l) || !exists;
-            return near_chunk<T>(x, l, one_over);
-        });
-        if (!__all_sync(~0u, near))
-            each_chunk(from, [&](float(&x)[8], float l, float one_over, bool) { return divide_chunk<T>(x, l, one_over); });
+        for (int n = 0; n < N; n++) {
+            const float x = o[n][2 * half], y = o[n][2 * half + 1];
+            const unsigned pair =
+                pack2<T>(near_quotient(x, l, inverse[half]), near_quotient(y, l, inverse[half]));
+            range.add_value(x);
+            range.add_value(y);
+            range.add_result<T>(pair);
+            *to(n, half) = pair;
+        }
+        near &= first + g + half * 8 >= t.n_rows || range.near<T>(l);
+    }
+    if (all(near))
+        return;
+    float4 copy[N]; /* in memory, as registers cannot be indexed */
+    rest_state(copy, 1, o);
+#pragma unroll 1
+    for (int n = 0; n < N; n++) {
+        const float4 x = copy[n];
+        *to(n, 0) = round_out<T>(fad_f32_finish_out(x.x, state.l[0]), fad_f32_finish_out(x.y, state.l[0]));
+        *to(n, 1) = round_out<T>(fad_f32_finish_out(x.z, state.l[1]), fad_f32_finish_out(x.w, state.l[1]));
+    }
+}
+
+/* A warp's rows first .. first + 15 of the tile to out, from where they were staged. */
+template <int N>
+static __device__ __forceinline__ void store_staged(const fad_attn_problem &p, const Tile &t, int first,
+                                                    const char *staged) {
+    int lane = threadIdx.x % 32;
+    asm volatile("" : "+r"(lane), "+r"(first), "+l"(staged)); /* as above */
+    /* Where row first + lane % 16 begins: the lanes that store its chunks ask this one. */
+    const Row row = row_of(t, min(first + lane % 16, t.n_rows - 1));
+    const int64_t place = t.seq.out + row.i * p.out.stride_s + row.h * p.out.stride_h;
+#pragma unroll 4
+    for (int at = lane; at < 16 * N; at += 32) {
+        const int r = at / N, chunk = at % N;
+        const uint4 values = *(const uint4 *)(staged + swizzled<N>(r, chunk));
+        uint16_t *to = (uint16_t *)p.out.data + __shfl_sync(~0u, place, r) + chunk * 8;
+        if (first + r < t.n_rows && chunk * 8 < p.Dv)
+            *(uint4 *)to = values;
     }
 }
 

@@ -5,6 +5,7 @@
 #define FAD_CUDA_MMA_SOFTMAX_CUH
 
 #include "ptx.cuh"
+#include "score_rule.cuh"
 #include "work.cuh"
 
 constexpr int BLOCK_KEYS = FAD_MMA_BLOCK_KV;
@@ -12,18 +13,6 @@ constexpr int KEY_TILES = BLOCK_KEYS / 8; /* n8 tiles of a block */
 
 /* Scores of a warp's 16 rows and one block: [n8 tile][row g: 0, 1; row g + 8: 2, 3]. */
 typedef float ScoreTile[KEY_TILES][4];
-
-/* N5: how a score comes from a dot product. */
-struct ScoreRule {
-    float c, scaled, softcap;
-    int plain;
-    bool alibi;
-    __device__ explicit ScoreRule(const fad_attn_problem &p)
-        : scaled((float)(p.softcap > 0 ? p.scale / p.softcap : p.scale)), softcap((float)p.softcap),
-          alibi(p.alibi_slopes != nullptr) {
-        c = fad_f32_score_factor(p.scale, p.softcap > 0 || alibi, &plain);
-    }
-};
 
 /* What masks and ALiBi need of a row; keys as in KeyRange. Rows past n_active see nothing. */
 struct RowView {
@@ -254,8 +243,8 @@ struct References {
     }
 
     /* N6, N7: scores become p of the references that advance() left; sum: this lane's b_t, of p rounded to the input type.
-     * What is added up is rounded here already, where the unit that does exp2 leaves time, an instruction every eight
-     * cycles; and used at once, because the compiler puts off to the end what nobody waits for. */
+     * What is added up is rounded here already, where the unit that does exp2 leaves time: an instruction every eight
+     * cycles. */
     template <fad_dtype T> __device__ __forceinline__ void apply(ScoreTile &s, float c, float (&sum)[2]) const {
         float m[2] = {fad_f32_sub(r[0], FAD_F32_MAGIC), fad_f32_sub(r[1], FAD_F32_MAGIC)};
         if (far) {
@@ -273,7 +262,6 @@ struct References {
                 const float both = fad_f32_add(low_half<T>(pair), high_half<T>(pair));
                 sum[half] = n == 0 ? both : fad_f32_add(sum[half], both);
             }
-        asm volatile("" : "+f"(sum[0]), "+f"(sum[1])); /* here, not where they are used */
     }
 };
 

@@ -21,7 +21,7 @@ template <fad_dtype T_, int D_, int WARPS_, int RESIDENT_> struct MmaTileShape {
 };
 
 template <class S> struct MmaTileShared {
-    alignas(128) char q[S::ROWS * S::D * 2]; /* in the end O, staged: half of it at a time */
+    alignas(128) char q[S::ROWS * S::D * 2]; /* and out, staged */
     char k[BLOCK_KEYS * S::D * 2], v[BLOCK_KEYS * S::D * 2];
     RowTable<S::ROWS> rows;
     float total_m[S::ROWS], total_l[S::ROWS]; /* the state of the splits before */
@@ -203,7 +203,10 @@ static __device__ __forceinline__ void mma_tile_item(const fad_attn_problem &p, 
         spill_empty(p, sm.t, work.partials, range.split + splits, range.to, threadIdx.x, S::THREADS);
         return;
     }
-    finish_rows<S::T, S::N / 2>(p, sm.t, warp.first, warp.total(), warp.o, (float *)(sm.q + warp.first * S::D * 2));
+    char *const staged = sm.q + warp.first * S::D * 2; /* where the warp's q was */
+    finish_rows<S::T>(p, sm.t, warp.first, warp.total(), warp.o, staged, [](bool x) { return __all_sync(~0u, x); });
+    __syncwarp(); /* out is staged */
+    store_staged<S::N>(p, sm.t, warp.first, staged);
 }
 
 template <class S>

@@ -13,13 +13,6 @@ template <int N> static __device__ __forceinline__ void rescale(float (&o)[N][4]
             o[n][e] = fad_f32_mul(o[n][e], alpha[e / 2]);
 }
 
-/* Two 16-bit values: not 0 if any is Inf or NaN. Adding its lowest bit to an exponent carries if all bits are set. */
-template <fad_dtype T> static __device__ __forceinline__ unsigned exponents_full(unsigned pair) {
-    constexpr unsigned EXPONENTS = T == FAD_BFLOAT16 ? 0x7f807f80u : 0x7c007c00u;
-    constexpr unsigned LOWEST = T == FAD_BFLOAT16 ? 0x00800080u : 0x04000400u;
-    return ((pair & EXPONENTS) + LOWEST) & 0x80008000u;
-}
-
 /* Whether this warp finds Inf or NaN in the values of KEYS keys. */
 template <fad_dtype T, int CHUNKS, int KEYS = BLOCK_KEYS> static __device__ bool values_not_finite(const char *v) {
     unsigned full = 0;

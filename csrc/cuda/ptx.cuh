@@ -119,6 +119,21 @@ template <fad_dtype T> static __device__ __forceinline__ unsigned pack2(float lo
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(u) : "f"(high), "f"(low));
     return u;
 }
+/* The sum of two such words, half by half. */
+template <fad_dtype T> static __device__ __forceinline__ unsigned add2(unsigned a, unsigned b) {
+    unsigned u;
+    if constexpr (T == FAD_BFLOAT16) /* its addition is of 9.0, a * 1 + b of 8.0 */
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(u) : "r"(a), "r"(0x3f803f80u), "r"(b));
+    else
+        asm("add.rn.f16x2 %0, %1, %2;" : "=r"(u) : "r"(a), "r"(b));
+    return u;
+}
+/* Two 16-bit values: not 0 if any is Inf or NaN. Adding its lowest bit to an exponent carries if all bits are set. */
+template <fad_dtype T> static __device__ __forceinline__ unsigned exponents_full(unsigned pair) {
+    constexpr unsigned EXPONENTS = T == FAD_BFLOAT16 ? 0x7f807f80u : 0x7c007c00u;
+    constexpr unsigned LOWEST = T == FAD_BFLOAT16 ? 0x00800080u : 0x04000400u;
+    return ((pair & EXPONENTS) + LOWEST) & 0x80008000u;
+}
 /* The halves of such a word, exactly. */
 template <fad_dtype T> static __device__ __forceinline__ float low_half(unsigned u) {
     if constexpr (T == FAD_BFLOAT16)

@@ -3,6 +3,7 @@
 #define FAD_CUDA_WORK_CUH
 
 #include "locate.cuh"
+#include "score_rule.cuh"
 
 /* n_items items: the tiles, or with partials.o the tiles of each run of item_splits splits, tile = item % n_tiles. With
  * a counter, which starts at 0, a thread block takes the next item whenever it has finished one; without, block i takes
@@ -12,6 +13,7 @@ struct Work {
     unsigned long long *counter;
     void *rest;            /* where a thread block's running O rests between splits */
     fad_partials partials; /* null unless splits are spilled */
+    ScoreRule rule;
 };
 
 /* The next item of this thread block, taken by one warp. */
