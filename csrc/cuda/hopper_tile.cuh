@@ -350,38 +350,45 @@ template <class S> struct HopperConsumer {
                           fad_f32_add(fad_f32_mul(l().y, alpha[1]), sum[1]));
     }
 
-    /* N8, N9: the end of a split whose m and l are `part` and whose O is o. Leaves in total and o those of all so far. */
-    __device__ __forceinline__ void close_split(const Work &work, const HopperItem &item, const RowPair &part) {
+    /* N8, N9: the end of a split whose m and l are `part` and whose O is o. Leaves the state of all so far in total and in o,
+     * if it was the item's last, else at rest. FOLD: it is not to be spilled. */
+    template <bool FOLD>
+    __device__ __forceinline__ void close_split(const Work &work, const HopperItem &item, const RowPair &part, bool last) {
         RowPair sum = part;
-        if (work.partials.o)
+        if (!FOLD && work.partials.o)
             spill_rows(p, item.t, work.partials, item.range.split + splits, first, part, o, 0, true);
         else if (splits > 0)
             fold_into(total, [&](int n) { return rest(work)[n * 32]; }, sum, o);
         total = sum;
         splits++;
+        if (last)
+            return;
+        if (FOLD || !work.partials.o)
+            rest_state(rest(work), 32, o);
+        clear();
+        to_split_end = uniform(item.range.split_blocks);
     }
 
-    /* What a step has to be ready for. PLAIN: this block and the next are plain and in one split. */
-    enum Kind { PLAIN, ANY, LAST };
+    /* What a step has to be ready for. PLAIN: this block and the next are plain and in one split. SPLIT: they are plain and
+     * in two, which are folded. */
+    enum Kind { PLAIN, SPLIT, ANY, LAST };
 
-    /* How many steps from `block` on are plain: they have a loop of their own, without the code of all that is rare, which
-     * would lie in the way and take registers. */
-    __device__ __forceinline__ int plain_steps(int block, int last) const {
-        if (!rule.plain || block < whole)
-            return 0;
-        return min(min(whole + n_whole - 1, last) - block, to_split_end - 1);
+    /* The end of the steps whose block and the next are plain: they have loops of their own, without the code of all that is
+     * rare, which would lie in the way and take registers. */
+    __device__ __forceinline__ int plain_end(int last) const {
+        return rule.plain ? min(whole + n_whole - 1, last) : 0;
     }
 
     /* Block `block` of an item: s holds its probabilities and, unless it is the last, at the end those of the next. */
     template <Kind KIND>
     __device__ __forceinline__ void step(const Work &work, const HopperItem &item, int block, ScoreTile &s) {
-        constexpr bool LAST = KIND == Kind::LAST, PLAIN = KIND == Kind::PLAIN;
+        constexpr bool LAST = KIND == Kind::LAST, PLAIN = KIND == Kind::PLAIN || KIND == Kind::SPLIT;
         ProbabilityFragments a; /* in use until the values step is complete: not written again before */
         RowPair part;
         Slots keys;
         float alpha[2], sum[2];
         bool moved = false;
-        const bool split_ends = !PLAIN && (LAST || --to_split_end == 0);
+        const bool split_ends = KIND == Kind::PLAIN ? false : KIND == Kind::ANY ? --to_split_end == 0 : true;
         bool arrived = S::OVERLAP && block_arrived();
         round_probabilities<S::T>(a, s);
         if (S::OVERLAP && !LAST) {
@@ -407,6 +414,8 @@ template <class S> struct HopperConsumer {
                 keys = wait_for_block();
                 wgmma_wait<0>();
                 release(values);
+                if (split_ends) /* while there are registers for much of what rests */
+                    close_split<PLAIN>(work, item, part, false);
                 wgmma_fence();
                 start_scores(s, keys);
                 wgmma_commit();
@@ -422,17 +431,10 @@ template <class S> struct HopperConsumer {
             wgmma_wait<0>();
             release(values);
         }
-        if (split_ends) {
-            close_split(work, item, part);
-            if (!LAST) {
-                if (!work.partials.o)
-                    rest_state(rest(work), 32, o);
-                clear();
-                to_split_end = uniform(item.range.split_blocks);
-            }
-        } else if (moved) {
+        if (split_ends && (S::OVERLAP || LAST))
+            close_split<PLAIN>(work, item, part, LAST);
+        if (!split_ends && moved)
             rescale(o, alpha);
-        }
     }
 
     /* Every block of an item. */
@@ -443,6 +445,7 @@ template <class S> struct HopperConsumer {
         to_split_end = uniform(item.range.to_split_end);
         whole = uniform(item.range.whole);
         n_whole = uniform(item.range.n_whole);
+        const int end = plain_end(last);
         const Slots keys = wait_for_block();
         wgmma_fence();
         start_scores(s, keys);
@@ -453,16 +456,20 @@ template <class S> struct HopperConsumer {
         l() = make_float2(sum[0], sum[1]);
 #pragma unroll 1
         for (int block = 0; block < last;) {
-            const int end = block + plain_steps(block, last);
-            if (block >= end) {
-                step<ANY>(work, item, block++, s);
-                continue;
-            }
-            to_split_end -= end - block;
+            if (block >= whole && block < end) {
+                const int run_end = min(end, block + to_split_end - 1);
+                to_split_end -= run_end - block;
 #pragma unroll 1
-            do
-                step<PLAIN>(work, item, block, s);
-            while (++block < end);
+                while (block < run_end)
+                    step<PLAIN>(work, item, block++, s);
+                if (block < end && !work.partials.o) {
+                    step<SPLIT>(work, item, block++, s);
+                    continue;
+                }
+                if (block >= last)
+                    break;
+            }
+            step<ANY>(work, item, block++, s);
         }
         step<LAST>(work, item, last, s);
     }
