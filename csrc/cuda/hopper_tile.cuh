@@ -53,7 +53,7 @@ template <class S> struct HopperShared {
     char q[S::Q_BUFFERS][S::CONSUMERS][S::Q_TILE];
     /* Of each consuming warp: the running O of the splits before; in the end out. */
     float4 rest[S::REST_IN_SHARED ? S::CONSUMERS * GROUP_WARPS : 0][S::N][32];
-    float2 l[S::CONSUMERS * GROUP_THREADS];       /* of each consuming thread: its l_t of rows g and g + 8 */
+    float2 l[S::CONSUMERS * GROUP_THREADS]; /* of each consuming thread: its l_t of rows g and g + 8 */
     HopperItem items[ITEMS];
     /* full: the copies have arrived. empty: every consuming warp is done with it. */
     MemoryBarrier full[S::SLOTS], empty[S::SLOTS];
@@ -353,7 +353,8 @@ template <class S> struct HopperConsumer {
     /* N8, N9: the end of a split whose m and l are `part` and whose O is o. Leaves the state of all so far in total and in o,
      * if it was the item's last, else at rest. FOLD: it is not to be spilled. */
     template <bool FOLD>
-    __device__ __forceinline__ void close_split(const Work &work, const HopperItem &item, const RowPair &part, bool last) {
+    __device__ __forceinline__ void close_split(const Work &work, const HopperItem &item, const RowPair &part,
+                                                bool last) {
         RowPair sum = part;
         if (!FOLD && work.partials.o)
             spill_rows(p, item.t, work.partials, item.range.split + splits, first, part, o, 0, true);
@@ -375,9 +376,7 @@ template <class S> struct HopperConsumer {
 
     /* The end of the steps whose block and the next are plain: they have loops of their own, without the code of all that is
      * rare, which would lie in the way and take registers. */
-    __device__ __forceinline__ int plain_end(int last) const {
-        return rule.plain ? min(whole + n_whole - 1, last) : 0;
-    }
+    __device__ __forceinline__ int plain_end(int last) const { return rule.plain ? min(whole + n_whole - 1, last) : 0; }
 
     /* Block `block` of an item: s holds its probabilities and, unless it is the last, at the end those of the next. */
     template <Kind KIND>
@@ -490,9 +489,8 @@ template <class S> struct HopperConsumer {
             staged = sm.q[0][0] + first * S::D * 2;
             named_barrier_sync(1 + group, GROUP_THREADS); /* the group's q may be overwritten, a quarter by each warp */
         }
-        finish_rows<S::T>(p, item.t, first, total, o, staged, [&](bool x) {
-            return !__any_sync(~0u, named_barrier_or(1 + group, GROUP_THREADS, !x));
-        });
+        finish_rows<S::T>(p, item.t, first, total, o, staged,
+                          [&](bool x) { return !__any_sync(~0u, named_barrier_or(1 + group, GROUP_THREADS, !x)); });
         __syncwarp(); /* out is staged */
         store_staged<S::N>(p, item.t, first, staged);
         __syncwarp(); /* the place may be overwritten */

@@ -142,8 +142,7 @@ static fad_status run_splits(const fad_attn_problem *p, const Plan &plan, const 
     fad_partials of_splits = partials; /* a sink's state, if there is one, is not the kernel's */
     of_splits.n_splits = n_splits;
     const int64_t n_items = plan.n_tiles * runs_of(plan, n_splits);
-    return run(p, plan, {n_items, plan.n_tiles, plan.item_splits, nullptr, nullptr, of_splits, ScoreRule(*p)},
-               runtime);
+    return run(p, plan, {n_items, plan.n_tiles, plan.item_splits, nullptr, nullptr, of_splits, ScoreRule(*p)}, runtime);
 }
 
 static fad_status forward(const fad_attn_problem *p, const fad_runtime *runtime) {

@@ -155,9 +155,7 @@ static __device__ __forceinline__ void finish_rows(const fad_attn_problem &p, co
             store_lse(p, t, r, m, l);
         inverse[half] = fad_f32_div(1.0f, l);
     }
-    auto to = [&](int n, int half) {
-        return (unsigned *)(staged + swizzled<N>(g + half * 8, n) + lane % 4 * 4);
-    };
+    auto to = [&](int n, int half) { return (unsigned *)(staged + swizzled<N>(g + half * 8, n) + lane % 4 * 4); };
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const float l = state.l[half];
@@ -165,8 +163,7 @@ static __device__ __forceinline__ void finish_rows(const fad_attn_problem &p, co
 #pragma unroll
         for (int n = 0; n < N; n++) {
             const float x = o[n][2 * half], y = o[n][2 * half + 1];
-            const unsigned pair =
-                pack2<T>(near_quotient(x, l, inverse[half]), near_quotient(y, l, inverse[half]));
+            const unsigned pair = pack2<T>(near_quotient(x, l, inverse[half]), near_quotient(y, l, inverse[half]));
             range.add_value(x);
             range.add_value(y);
             range.add_result<T>(pair);
