@@ -54,9 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bench.add_argument(
         "--only",
-        choices=("prefill", "decode", "few", "short", "fork", "split"),
+        choices=("prefill", "decode", "few", "short", "fork", "split", "backward"),
         nargs="+",
-        help="some of the groups; the CPU has prefill and decode",
+        help="some of the groups; the CPU has prefill, decode and backward",
     )
     bench.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="one of the dtypes")
     bench.add_argument(

@@ -31,6 +31,7 @@ from flash_attn_det.commands import (
 )
 from flash_attn_det.commands.backends import Backend
 from flash_attn_det.commands.cases import Case, cuda_cases
+from flash_attn_det.commands.figures import reasons
 from flash_attn_det.commands.libraries import Torch, flash_first
 from flash_attn_det.commands.peers import peers
 from flash_attn_det.reference import attn_oracle
@@ -195,7 +196,7 @@ def time_cuda(part: Part) -> None:
     for name, value in ceilings.facts().items():
         part.say(f"{name}: {value}")
     results = contest.measure_cases(CUDA_TIMED, peers(flex=False), bench_cuda.QUICK_SECONDS, part.say)
-    note = "\n\n".join([CUDA_TIME_NOTE, *contest.reasons(results)])
+    note = "\n\n".join([CUDA_TIME_NOTE, *reasons(results)])
     part.sections += [(grid, note) for grid in tables.grids(results, ceilings)]
     part.failures += [failure for result in results for failure in result.failures]
 
