@@ -21,6 +21,7 @@ from flash_attn_det.commands import (
     claims,
     claims_cpu,
     claims_cuda,
+    claims_gradients,
     contest,
     invariance,
     machine,
@@ -37,8 +38,9 @@ from flash_attn_det.commands.peers import peers
 from flash_attn_det.reference import attn_oracle
 
 INVARIANCE_NOTE = (
-    "differ: elements of out and lse whose bits differ between the forms that the line names; must be 0. "
-    "torch: the same comparison with scaled_dot_product_attention on the same inputs (out only; on a GPU its flash "
+    "differ: elements of out and lse, or of the gradients of q, k and v, whose bits differ between the forms that the "
+    "line names; must be 0. "
+    "torch: the same comparison with scaled_dot_product_attention on the same inputs (without lse; on a GPU its flash "
     "kernel where that takes the call), in the case where the largest share differs; where that is 0 or has no such "
     "form, the next column speaks alone. "
     f"other split size: share that changes when splits of {backends.SPLIT} keys, which the claims are checked with, "
@@ -60,9 +62,9 @@ BITS_COLUMNS = ["invariance: same bits in", "compared", "differ", "torch", "othe
 ACCURACY_COLUMNS = ["case", "ours, max", "ours, rms", "torch, max", "torch, rms", "verdict"]
 
 CHECKS = {
-    backends.CPU: [*claims.CHECKS, *claims_cpu.CHECKS],
-    backends.CUDA_MMA: [*claims.CHECKS, *claims_cuda.CHECKS],
-    backends.CUDA_FMA: [*claims.CHECKS, *claims_cuda.FMA_CHECKS],
+    backends.CPU: [*claims.CHECKS, *claims_cpu.CHECKS, *claims_gradients.CPU_CHECKS],
+    backends.CUDA_MMA: [*claims.CHECKS, *claims_cuda.MMA_CHECKS, *claims_gradients.MMA_CHECKS],
+    backends.CUDA_FMA: [*claims.CHECKS, *claims_cuda.FMA_CHECKS, *claims_gradients.FMA_CHECKS],
 }
 CPU_TIMED = [
     Case("prefill", dtype, 1, 2048, 2048, 8, 8, 64, causal)
@@ -156,7 +158,7 @@ def check_bits(part: Part, backend: Backend) -> None:
     """All claims of one backend."""
     grid = report.Grid(f"Bits, {backend.name}", BITS_COLUMNS)
     part.sections.append((grid, INVARIANCE_NOTE))
-    checks = CHECKS[backend]
+    checks = [check for check in CHECKS[backend] if check.claimed()]
     for number, check in enumerate(checks, 1):
         row, failures = check_invariance(check, backend)
         grid.rows.append(row)
