@@ -14,6 +14,7 @@ import flash_attn_det as fad
 from flash_attn_det import cli
 from flash_attn_det.commands import (
     cases,
+    machine,
     markdown,
 )
 
@@ -140,3 +141,10 @@ def test_other_missing_modules_are_not_blamed_on_rich(monkeypatch: pytest.Monkey
 def test_commands_take_the_parser_s_result():
     """cli finds commands by name, so each must exist and have run()."""
     assert set(subcommands()) == {"verify", "audit", "fuzz", "bench", "info"}
+
+
+def test_commit_of_a_copy_is_told_by_the_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("FLASH_ATTN_DET_COMMIT", raising=False)
+    assert "FLASH_ATTN_DET_COMMIT" not in machine.commit()
+    monkeypatch.setenv("FLASH_ATTN_DET_COMMIT", "0123456789ab")
+    assert machine.facts("cpu")["commit"] == "0123456789ab, as FLASH_ATTN_DET_COMMIT says"
