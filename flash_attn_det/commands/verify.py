@@ -52,9 +52,10 @@ ACCURACY_NOTE = (
     "flash kernel where that takes the dtype."
 )
 TIME_NOTE = (
-    "ratio: our throughput over torch's, medians of runs in turns. of ceiling: share of the fp32 FMA peak (prefill) or "
-    "of the bandwidth of torch's sum over a buffer as large as K and V (decode). memory: resident bytes that one call "
-    "adds at its peak, result included. The full grid: flash-attn-det bench."
+    "ratio: our throughput over torch's, medians of runs in turns. of ceiling: share of the fp32 FMA peak (prefill, "
+    "backward) or of the bandwidth of torch's sum over a buffer as large as K and V (decode). A backward is timed "
+    "without its forward, if each gradient is at most 1.2 times as far from float64 as torch's. memory: resident "
+    "bytes that one call adds at its peak, result included. The full grid: flash-attn-det bench."
 )
 CUDA_TIME_NOTE = f"{tables.NOTE} All cases: flash-attn-det bench."
 
@@ -67,10 +68,14 @@ CHECKS = {
     backends.CUDA_FMA: [*claims.CHECKS, *claims_cuda.FMA_CHECKS, *claims_gradients.FMA_CHECKS],
 }
 CPU_TIMED = [
-    Case("prefill", dtype, 1, 2048, 2048, 8, 8, 64, causal)
-    for dtype in ("float32", "bfloat16")
-    for causal in (False, True)
-] + [Case("decode", dtype, 1, 1, 16384, 32, 8, 128, False) for dtype in ("float32", "bfloat16")]
+    *(
+        Case("prefill", dtype, 1, 2048, 2048, 8, 8, 64, causal)
+        for dtype in ("float32", "bfloat16")
+        for causal in (False, True)
+    ),
+    *(Case("decode", dtype, 1, 1, 16384, 32, 8, 128, False) for dtype in ("float32", "bfloat16")),
+    *(Case("backward", dtype, 1, 1024, 1024, 8, 8, 64, True) for dtype in ("float32", "bfloat16")),
+]
 CUDA_TIMED = [case for case in cuda_cases() if case.quick]
 
 
