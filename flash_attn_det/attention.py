@@ -109,15 +109,6 @@ def _window(window: tuple[int, int]) -> tuple[int, int]:
     return window[0], window[1]
 
 
-def _for_tensor_cores(t: Tensor) -> Tensor:
-    """t with rows that can be read 16 bytes at a time: a copy, its last dimension padded with zeros, unless it has."""
-    strides = [stride for stride, size in zip(t.stride()[:-1], t.shape[:-1], strict=True) if size > 1]
-    offset = 0 if torch.compiler.is_compiling() else t.storage_offset()
-    if all(n % 8 == 0 for n in (t.shape[-1], offset, *strides)):
-        return t
-    return torch.nn.functional.pad(t, (0, -t.shape[-1] % 8)).clone(memory_format=torch.contiguous_format)
-
-
 def _unpadded(values: Tensor, v: Tensor) -> Tensor:
     """The value dims that the caller's v has."""
     return values if values.shape[-1] == v.shape[-1] else values[..., : v.shape[-1]].contiguous()
@@ -160,10 +151,10 @@ def _arguments(
     if arithmetic not in _ARITHMETIC:
         raise ValueError(f"arithmetic is {arithmetic!r}, expected one of {', '.join(map(repr, _ARITHMETIC))}")
     head_dim = q.shape[-1]
-    on_tensor_cores = q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16)
-    family = "mma" if arithmetic.startswith("mma") or (arithmetic == "auto" and on_tensor_cores) else "fma"
-    if on_tensor_cores and arithmetic in ("auto", "mma"):
-        q, k, v = map(_for_tensor_cores, (q, k, v))
+    on_tensor_cores = ops.on_tensor_cores(q, _ARITHMETIC[arithmetic])
+    family = "mma" if arithmetic.startswith("mma") or on_tensor_cores else "fma"
+    if on_tensor_cores:
+        q, k, v = map(ops.for_tensor_cores, (q, k, v))
     return (
         q, k, v, cu_seqlens_q, cu_seqlens_k,
         _lengths("seqused_q", seqused_q, q, no_lengths, batch),
@@ -237,8 +228,8 @@ def attn(
     are checked on the CPU, are not checked there. float64 is for the CPU.
 
     q, k, v, sinks and lse have gradients, whose bits for one sequence do not depend on the rest of the call either
-    (contract clauses N13 and N14); that of sinks sums over all sequences. In the fma family a CPU and a GPU give the same
-    bits. There are no second derivatives.
+    (contract clauses N13 and N14); that of sinks sums over all sequences. In the fma family a CPU and a GPU give the
+    same bits. There are no second derivatives.
 
     Raises TypeError (types, dtypes), ValueError (shapes, ranges, devices), NotImplementedError (an input that requires
     grad where there is no backward: alibi_slopes, caches; a device or arithmetic without kernels),

@@ -1,4 +1,4 @@
-"""The ``flash-attn-det`` command line: verify what holds here, audit it, time it, or print the configuration."""
+"""The ``flash-attn-det`` command line: verify what holds here, audit it, fuzz it, time it, or print its settings."""
 
 from __future__ import annotations
 
@@ -33,6 +33,18 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("--rows", type=_positive, default=1000, metavar="N", help="rows of each case (default: 1000)")
     audit.add_argument("--seed", type=int, default=0, metavar="N", help="of the inputs and of the sample (default: 0)")
 
+    fuzz = commands.add_parser(
+        "fuzz", help="compare random calls on a GPU with their emulation on the CPU; exit code 1 when a bit differs"
+    )
+    _add_device(fuzz, "default: the GPU if there is one, else the CPU against its own scalar code")
+    fuzz.add_argument(
+        "--rows", type=_count, default=100_000, metavar="N", help="rows to compare, as in 1e7 (default: 1e5)"
+    )
+    fuzz.add_argument("--seed", type=int, default=0, metavar="N", help="of the calls (default: 0)")
+    fuzz.add_argument("--first", type=int, default=0, metavar="N", help="the call to begin with (default: 0)")
+    fuzz.add_argument("--backward", action="store_true", help="also the gradients")
+    fuzz.add_argument("--threads", type=_positive, metavar="N", help="that emulate (default: one for each core)")
+
     bench = commands.add_parser("bench", help="time, accuracy and memory beside other attentions")
     _add_device(bench, "default: the GPU if there is one, else the CPU")
     size = bench.add_mutually_exclusive_group()
@@ -42,9 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bench.add_argument(
         "--only",
-        choices=("prefill", "decode", "few", "short", "fork", "split"),
+        choices=("prefill", "decode", "few", "short", "fork", "split", "backward"),
         nargs="+",
-        help="some of the groups; the CPU has prefill and decode",
+        help="some of the groups; the CPU has prefill, decode and backward",
     )
     bench.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="one of the dtypes")
     bench.add_argument(
@@ -93,6 +105,10 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
     return value
+
+
+def _count(text: str) -> int:
+    return _positive(str(int(float(text))))
 
 
 def main(argv: list[str] | None = None) -> int:

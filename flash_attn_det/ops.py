@@ -20,7 +20,7 @@ _TENSORS = (
     "Tensor leftpad_k, Tensor k_pos, Tensor cache_batch_idx, Tensor block_table, Tensor alibi_slopes, Tensor sinks"
 )
 _NUMBERS = "float scale, bool causal, int window_left, int window_right, float softcap, int split_size, int arithmetic"
-_N_TENSORS, _N_NUMBERS = _TENSORS.count("Tensor"), _NUMBERS.count(",") + 1
+N_TENSORS, _N_NUMBERS = _TENSORS.count("Tensor"), _NUMBERS.count(",") + 1
 _ARGUMENTS = f"{_TENSORS}, {_NUMBERS}"
 _BACKWARD_ARGUMENTS = f"{_TENSORS}, Tensor dout, Tensor out, Tensor lse, Tensor dlse, {_NUMBERS}"
 _APPEND_ARGUMENTS = (
@@ -28,6 +28,7 @@ _APPEND_ARGUMENTS = (
     "Tensor block_table, Tensor rotary_cos, Tensor rotary_sin, bool rotary_interleaved"
 )
 _ROTATE_ARGUMENTS = "Tensor x, Tensor cos, Tensor sin, Tensor offsets, bool advance, bool interleaved"
+_AUTO_AND_MMA = (0, 2)  # of FAD_ARITHMETIC_* in csrc/flash_attn_det.h
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 # Kept for the life of the process: torch forgets what was defined through a Library that is collected.
@@ -48,6 +49,20 @@ _EXCEPTIONS = {"1": ValueError, "2": NotImplementedError, "3": RuntimeError}
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of scores, lse, partial states, slopes and sinks: float64 for float64 inputs, float32 otherwise."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def on_tensor_cores(q: Tensor, arithmetic: int) -> bool:
+    """Whether an op with this q and arithmetic, as it is numbered, runs the kernels of the mma family on a GPU."""
+    return q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and arithmetic in _AUTO_AND_MMA
+
+
+def for_tensor_cores(t: Tensor) -> Tensor:
+    """t with rows that can be read 16 bytes at a time: a copy, its last dimension padded with zeros, unless it has."""
+    strides = [stride for stride, size in zip(t.stride()[:-1], t.shape[:-1], strict=True) if size > 1]
+    offset = 0 if torch.compiler.is_compiling() else t.storage_offset()
+    if all(n % 8 == 0 for n in (t.shape[-1], offset, *strides)):
+        return t
+    return torch.nn.functional.pad(t, (0, -t.shape[-1] % 8)).clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("flash_attn_det::fwd", lib=_library_handle)
@@ -89,7 +104,7 @@ def _rotate_fake(x, *_):
 
 @torch.library.register_fake("flash_attn_det::bwd", lib=_library_handle)
 def _bwd_fake(q, k, v, *rest):
-    sinks = rest[_N_TENSORS - 4]  # three stand before
+    sinks = rest[N_TENSORS - 4]  # three stand before
     return (*(x.new_empty(x.shape) for x in (q, k, v)), sinks.new_empty(sinks.shape))
 
 
@@ -106,21 +121,23 @@ NO_SECOND_BACKWARD = "flash_attn_det has no second derivatives: call the first b
 
 def _save_for_backward(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # no gradient of lse is none, and not a tensor of zeros
-    ctx.save_for_backward(*inputs[:_N_TENSORS], *output)
-    ctx.numbers = inputs[_N_TENSORS:]
+    ctx.save_for_backward(*inputs[:N_TENSORS], *output)
+    ctx.numbers = inputs[N_TENSORS:]
 
 
 def _fwd_backward(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, out, lse = ctx.saved_tensors
     needed = ctx.needs_input_grad
-    if needed[_N_TENSORS - 2]:
+    if needed[N_TENSORS - 2]:
         raise NotImplementedError(NO_SLOPE_GRADIENT)
-    gradients: list[Tensor | None] = [None] * (_N_TENSORS + _N_NUMBERS)
+    gradients: list[Tensor | None] = [None] * (N_TENSORS + _N_NUMBERS)
     if dout is not None or dlse is not None:
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         dlse = lse.new_empty(0) if dlse is None else dlse
+        if on_tensor_cores(out, ctx.numbers[-1]):  # hooks of saved tensors may have moved them
+            dout, out, *tensors[:3] = map(for_tensor_cores, (dout, out, *tensors[:3]))
         results = call(bwd, *tensors, dout, out, lse, dlse, *ctx.numbers)
-        for i, gradient in zip((0, 1, 2, _N_TENSORS - 1), results, strict=True):
+        for i, gradient in zip((0, 1, 2, N_TENSORS - 1), results, strict=True):
             gradients[i] = gradient if needed[i] else None
     return tuple(gradients)
 

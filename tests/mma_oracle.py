@@ -14,13 +14,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from flash_attn_det import Partials, contract, merge_partials, reference
+from flash_attn_det import Partials, contract, merge_partials, reference, reference_backward
+from flash_attn_det import reference_steps as steps
 
 STEP = 16  # products of one matrix instruction
 BLOCK = contract()["MMA_BLOCK_KV"]  # N3
 FRACTION = 25  # bits that a step keeps below its largest exponent
 LOWEST_EXPONENT = {torch.float16: -14, torch.bfloat16: -126, torch.float32: -126}
-_FP32 = reference._FP32
+_FP32 = steps._FP32
 
 Exp2 = Callable[[torch.Tensor], torch.Tensor]
 
@@ -90,23 +91,23 @@ def _fp32(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(x).float()
 
 
-def _scores(seq: reference._Sequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _scores(seq: steps._Sequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """N5: x [Hq, n_q, n_k], c, and tanh if there is softcap."""
     q, k, _ = (x.numpy() for x in seq.heads_first(torch.float64))
     x = _fp32(chain(q[:, :, None], k[:, None], np.zeros((*q.shape[:2], k.shape[1])), seq.q.dtype))
-    c = _FP32.number(seq.scale * reference._LOG2E, x)
+    c = _FP32.number(seq.scale * steps._LOG2E, x)
     if c > 0 and seq.softcap == 0 and seq.slopes is None:
         return x, c, None
     tanh = None
     if seq.softcap > 0:
-        tanh = reference._tanh(x * _FP32.number(seq.scale / seq.softcap, x), _FP32)
+        tanh = steps._tanh(x * _FP32.number(seq.scale / seq.softcap, x), _FP32)
         x = _FP32.number(seq.softcap, x) * tanh
     else:
         x = x * _FP32.number(seq.scale, x)
     if seq.slopes is not None:
         query, key = seq.positions()
-        x = reference._fma(-seq.slopes[:, None, None], (query[:, None] - key).abs().float(), x)
-    return x, _FP32.number(reference._LOG2E, x), tanh
+        x = steps._fma(-seq.slopes[:, None, None], (query[:, None] - key).abs().float(), x)
+    return x, _FP32.number(steps._LOG2E, x), tanh
 
 
 def lane_sums(p: torch.Tensor) -> torch.Tensor:
@@ -125,7 +126,7 @@ def _in_block(x: torch.Tensor, keys: range, block: int) -> torch.Tensor:
     return torch.nn.functional.pad(part, (first - block, block + BLOCK - end))
 
 
-def _split(seq: reference._Sequence, x: torch.Tensor, c: torch.Tensor, first: int, exp2: Exp2) -> tuple:
+def _split(seq: steps._Sequence, x: torch.Tensor, c: torch.Tensor, first: int, exp2: Exp2) -> tuple:
     """N3, N6, N7: the state (o [Hq, n_q, Dv], m, l [Hq, n_q]) of the split that begins at position first."""
     visible = seq.visible()
     v = seq.heads_first(torch.float64)[2].transpose(1, 2)  # [Hq, Dv, n_k]
@@ -138,9 +139,9 @@ def _split(seq: reference._Sequence, x: torch.Tensor, c: torch.Tensor, first: in
         x_block = _in_block(x, keys, block)
         seen = _in_block(visible, keys, block)
         m_old, counted = m, seen & ~x_block.isnan()
-        m = reference._reference(m, torch.where(counted, x_block, -torch.inf).amax(-1), c, _FP32)
-        moved, at = reference._power_of_two(m_old - m, _FP32)[..., None], m[..., None]
-        argument = torch.where(at.abs() > _FP32.limit, x_block * c - at, reference._fma(x_block, c, -at))
+        m = steps._reference(m, torch.where(counted, x_block, -torch.inf).amax(-1), c, _FP32)
+        moved, at = steps._power_of_two(m_old - m, _FP32)[..., None], m[..., None]
+        argument = torch.where(at.abs() > _FP32.limit, x_block * c - at, steps._fma(x_block, c, -at))
         p = torch.where(seen, exp2(argument), 0.0)
         p = p.to(seq.q.dtype).float()
         lanes = lanes * moved + lane_sums(p)
@@ -150,16 +151,16 @@ def _split(seq: reference._Sequence, x: torch.Tensor, c: torch.Tensor, first: in
     return o, m, (lanes[..., 0] + lanes[..., 1]) + (lanes[..., 2] + lanes[..., 3])
 
 
-def _sequence(seq: reference._Sequence, exp2: Exp2) -> tuple[torch.Tensor, torch.Tensor]:
+def _sequence(seq: steps._Sequence, exp2: Exp2) -> tuple[torch.Tensor, torch.Tensor]:
     """out [n_q, Hq, Dv] in the input dtype and lse [Hq, n_q] of one sequence."""
     x, c, _ = _scores(seq)
     first, end = seq.first_key // seq.split_size * seq.split_size, seq.first_key + len(seq.k)
     states = [_split(seq, x, c, split, exp2) for split in range(first, end, seq.split_size)]
     nothing, no_reference = torch.zeros(*x.shape[:2], seq.v.shape[2]), torch.full(x.shape[:2], _FP32.sentinel)
     if seq.sinks is not None:  # N8: one more state, without values
-        z, log2e = seq.sinks[:, None].expand(x.shape[:2]), _FP32.number(reference._LOG2E, x)
-        m = reference._reference(no_reference, z, log2e, _FP32)
-        states.append((nothing, m, reference._probability(z, log2e, m, _FP32)))
+        z, log2e = seq.sinks[:, None].expand(x.shape[:2]), _FP32.number(steps._LOG2E, x)
+        m = steps._reference(no_reference, z, log2e, _FP32)
+        states.append((nothing, m, steps._probability(z, log2e, m, _FP32)))
     if not states:
         states.append((nothing, no_reference, torch.zeros(x.shape[:2])))
     o, m, l = (torch.stack(parts) for parts in zip(*states))
@@ -185,7 +186,7 @@ def delta_of(out: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None) -
     lanes = [torch.zeros(out.shape[:-1]) for _ in range(8)]
     for d in range(out.shape[-1]):
         lane = d // 8 % 8
-        lanes[lane] = reference._fma(dout[..., d], out[..., d], lanes[lane])
+        lanes[lane] = steps._fma(dout[..., d], out[..., d], lanes[lane])
     low = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3])
     delta = low + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]))
     return delta if dlse is None else delta - dlse
@@ -200,25 +201,25 @@ def _chain_over(
     return chain(a[:, :, None], b[:, None], acc, dtype)
 
 
-def _pairs(seq: reference._Sequence, saved: reference._Saved, exp2: Exp2) -> tuple[torch.Tensor, ...]:
+def _pairs(seq: steps._Sequence, saved: reference_backward._Saved, exp2: Exp2) -> tuple[torch.Tensor, ...]:
     """P and dS [Hq, n_q, n_k], rounded and 0 where there is no term; L, delta and what is a term's row [Hq, n_q]."""
     x, c, tanh = _scores(seq)
     v = seq.heads_first(torch.float64)[2].numpy()
     out, dout = (y.float().transpose(0, 1) for y in (saved.out, saved.dout))
     some = saved.lse != -torch.inf
     terms = seq.visible() & some[..., None]
-    logarithm = torch.where(some, saved.lse * _FP32.number(reference._LOG2E, x), 0)
+    logarithm = torch.where(some, saved.lse * _FP32.number(steps._LOG2E, x), 0)
     delta = delta_of(out, dout, saved.dlse)
-    p = exp2(reference._fma(x, c, -logarithm[..., None]))
+    p = exp2(steps._fma(x, c, -logarithm[..., None]))
     dp = _fp32(chain(_float64(dout)[:, :, None], v[:, None], np.zeros(x.shape), seq.q.dtype))
     ds = p * (dp - delta[..., None])
     if tanh is not None:
-        ds = ds * reference._fma(-tanh, tanh, torch.tensor(1.0))
+        ds = ds * steps._fma(-tanh, tanh, torch.tensor(1.0))
     p, ds = (torch.where(terms, y, 0).to(seq.q.dtype).float() for y in (p, ds))
     return p, ds, logarithm, delta, some
 
 
-def _backward(seq: reference._Sequence, saved: reference._Saved, exp2: Exp2) -> tuple[torch.Tensor | None, ...]:
+def _backward(seq: steps._Sequence, saved: reference_backward._Saved, exp2: Exp2) -> tuple[torch.Tensor | None, ...]:
     """N13 of one sequence: dq [n_q, Hq, D], dk [n_k, Hk, D], dv [n_k, Hk, Dv] in the input dtype, dz [Hq] or None."""
     dtype = seq.q.dtype
     p, ds, logarithm, delta, some = _pairs(seq, saved, exp2)
@@ -234,18 +235,17 @@ def _backward(seq: reference._Sequence, saved: reference._Saved, exp2: Exp2) -> 
     scale = _FP32.number(seq.scale, p)
     dq, dk, dv = (_fp32(y) for y in (dq, dk, dv))
     dq, dk, dv = (
-        reference._round(reference._canonical(y + 0.0, _FP32), dtype).transpose(0, 1)
-        for y in (dq * scale, dk * scale, dv)
+        steps._round(steps._canonical(y + 0.0, _FP32), dtype).transpose(0, 1) for y in (dq * scale, dk * scale, dv)
     )
     if seq.sinks is None:
         return dq, dk, dv, None
-    e = reference._exp2(reference._fma(seq.sinks[:, None], _FP32.number(reference._LOG2E, p), -logarithm), _FP32)
+    e = steps._exp2(steps._fma(seq.sinks[:, None], _FP32.number(steps._LOG2E, p), -logarithm), _FP32)
     blocks = [range(i, min(i + 64, n_q)) for i in range(0, n_q, 64)]
-    term = lambda i, total: reference._fma(-e[:, i], delta[:, i], total)  # noqa: E731
-    return dq, dk, dv, reference._block_sums(torch.zeros(heads), blocks, term, lambda i: some[:, i])
+    term = lambda i, total: steps._fma(-e[:, i], delta[:, i], total)  # noqa: E731
+    return dq, dk, dv, reference_backward._block_sums(torch.zeros(heads), blocks, term, lambda i: some[:, i])
 
 
 def attn_backward(q, k, v, out, lse, dout, dlse=None, *, exp2: Exp2 = gpu_exp2, leftpad_k=None, **options):
     """dq, dk, dv and d_sinks (None without sinks) of ``attn`` in the mma family on Hopper, all numbers finite."""
     compute = functools.partial(_backward, exp2=exp2)
-    return reference._dense_backward(compute, q, k, v, out, lse, dout, dlse, leftpad_k, options)
+    return reference_backward._dense_backward(compute, q, k, v, out, lse, dout, dlse, leftpad_k, options)

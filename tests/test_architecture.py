@@ -30,7 +30,10 @@ MAY_INCLUDE = {
 C_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".c", ".h", ".inc", ".cu", ".cuh"))
 
 # Python modules that stand above the library: it must not import them.
-ABOVE = {"cli", "commands", "integrations", "compat", "compat_packed", "sdpa", "testing", "reference", "audit"}
+ABOVE = {"cli", "commands", "integrations", "compat", "compat_packed", "sdpa", "testing", "reference", "audit"} | {
+    "reference_backward",
+    "reference_steps",
+}
 # What the library may import besides itself and the standard library. The rest are extras.
 BASE_DEPENDENCIES = {"torch"}
 

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import flash_attn_det as fad
-from flash_attn_det import ops, reference
+from flash_attn_det import ops, reference_backward
 from flash_attn_det.attention import _arguments
 from flash_attn_det.reference import attn_backward_reference, attn_oracle
 from flash_attn_det.testing import assert_bits_equal
@@ -57,9 +57,9 @@ def test_n13_reference_notices_the_order_of_a_sum(monkeypatch):
     q, k, v = tensors(Sq=140)
     out, lse = fad.attn(q, k, v, return_lse=True)
     blocked = attn_backward_reference(q, k, v, out, lse, upstream(q, v))
-    in_blocks = reference._block_sums
+    in_blocks = reference_backward._block_sums
     one_chain = lambda start, blocks, *rest: in_blocks(start, [[i for b in blocks for i in b]], *rest)  # noqa: E731
-    monkeypatch.setattr(reference, "_block_sums", one_chain)
+    monkeypatch.setattr(reference_backward, "_block_sums", one_chain)
     chained = attn_backward_reference(q, k, v, out, lse, upstream(q, v))
     for a, b in zip(blocked[:3], chained):
         assert not torch.equal(a, b)

@@ -9,11 +9,11 @@ import torch
 from cases import uniform_bits
 
 import flash_attn_det as fad
-from flash_attn_det import reference
+from flash_attn_det import reference_steps
 from flash_attn_det.testing import assert_bits_equal
 
 NUMPY = {"f32": np.float32, "f64": np.float64}
-COMPUTE = {"f32": reference._FP32, "f64": reference._FP64}
+COMPUTE = {"f32": reference_steps._FP32, "f64": reference_steps._FP64}
 LOG2E = {"f32": np.float32(math.log2(math.e)), "f64": np.float64(float.fromhex("0x1.71547652b82fep+0"))}
 LIMIT = {"f32": 2.0**22, "f64": 2.0**51}
 SENTINEL = {"f32": -(2.0**126), "f64": -(2.0**1022)}
@@ -135,7 +135,7 @@ def test_n5_scaled_score_repeats_the_reference(native, real):
     same(scaled_score(s, NUMPY[real](0.3), NUMPY[real](0)), s * NUMPY[real](0.3))
     same(
         scaled_score(s, NUMPY[real](0.01), NUMPY[real](30)),
-        (30 * reference._tanh(torch_of(s * NUMPY[real](0.01)), t)).numpy(),
+        (30 * reference_steps._tanh(torch_of(s * NUMPY[real](0.01)), t)).numpy(),
     )
 
 
@@ -197,7 +197,7 @@ def test_n6_probability_repeats_the_reference(native, real):
     x = (m - np.abs(noise(20_000, -60, 60, real, 4))) * dtype(math.log(2))  # below the reference, as scores are
     x[:100:2], x[1:100:2] = -np.inf, np.nan
     actual = getattr(native, f"probability_{real}")(x, LOG2E[real], m)
-    expected = reference._probability(torch_of(x), torch_of(LOG2E[real]), torch_of(m), t).numpy()
+    expected = reference_steps._probability(torch_of(x), torch_of(LOG2E[real]), torch_of(m), t).numpy()
     assert np.count_nonzero(np.abs(m) > LIMIT[real]) > 100
     same(np.isnan(actual), np.isnan(x))
     same(actual[~np.isnan(x)], expected[~np.isnan(x)])
@@ -268,11 +268,11 @@ def test_n7_elementary_functions_at_special_points(native, real):
 def test_n7_elementary_functions_equal_the_reference(native, real):
     t = COMPUTE[real]
     x = noise(40_000, -150, 0.5, real, 11)
-    same(getattr(native, f"exp2_{real}")(x), reference._exp2(torch_of(x), t).numpy())
-    same(getattr(native, f"tanh_{real}")(x), reference._tanh(torch_of(x), t).numpy())
+    same(getattr(native, f"exp2_{real}")(x), reference_steps._exp2(torch_of(x), t).numpy())
+    same(getattr(native, f"tanh_{real}")(x), reference_steps._tanh(torch_of(x), t).numpy())
     positive = np.abs(anything(40_000, real, 12))
     positive = positive[np.isfinite(positive) & (positive >= np.finfo(NUMPY[real]).tiny)]
-    same(getattr(native, f"log2_{real}")(positive), reference._log2(torch_of(positive), t).numpy())
+    same(getattr(native, f"log2_{real}")(positive), reference_steps._log2(torch_of(positive), t).numpy())
 
 
 @both
@@ -288,7 +288,7 @@ def test_n7_reference_fma_is_fused(native, real):
     ):
         with np.errstate(all="ignore"):
             expected = fma(x, y, z)
-        actual = reference._fma(torch_of(x), torch_of(y), torch_of(z)).numpy()
+        actual = reference_steps._fma(torch_of(x), torch_of(y), torch_of(z)).numpy()
         same(np.where(np.isnan(actual), -1, actual), np.where(np.isnan(expected), -1, expected))
 
 

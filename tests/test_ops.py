@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flash_attn_det as fad
 from flash_attn_det import ops
-from flash_attn_det.attention import _arguments, _for_tensor_cores, _unpadded
+from flash_attn_det.attention import _arguments, _unpadded
 from flash_attn_det.testing import assert_bits_equal, bits_differ
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -370,11 +370,34 @@ def test_rows_for_tensor_cores_are_padded_only_where_they_must_be():
     x = torch.randn(2, 3, 4, 24).half()
     one_row = torch.randn(1, 1, 1, 40).half()[..., :8]
     for fits in (x, x.transpose(1, 2), x[:, 1:], one_row):
-        assert _for_tensor_cores(fits) is fits
+        assert ops.for_tensor_cores(fits) is fits
     for wide in (x[..., :20], x[..., 4:20], torch.randn(2, 3, 4, 9).half(), torch.randn(2, 3, 4, 41).half()[..., :8]):
-        padded = _for_tensor_cores(wide)
+        padded = ops.for_tensor_cores(wide)
         assert padded.is_contiguous()
         assert padded.shape[-1] == -(-wide.shape[-1] // 8) * 8
         assert torch.equal(padded[..., : wide.shape[-1]], wide)
         assert not padded[..., wide.shape[-1] :].any()
         assert torch.equal(_unpadded(padded, wide), wide)
+
+
+def test_backward_on_tensor_cores_gets_rows_that_it_can_read(monkeypatch):
+    """The CPU's emulation, which reads any, stands in for the kernels of a GPU."""
+    q, k, v = (x.half().requires_grad_() for x in dense(dim=24))
+    dout = torch.randn(*q.shape[:-1], v.shape[-1]).half()
+    misaligned = torch.cat([dout.new_zeros(1), dout.flatten()])[1:].view(dout.shape)
+    want = torch.autograd.grad(fad.attn(q, k, v, causal=True, arithmetic="mma_sm90"), (q, k, v), dout)
+    call, given = ops.call, []
+
+    def observed(op, *arguments):
+        given.extend(arguments[:3] + arguments[ops.N_TENSORS : ops.N_TENSORS + 2] if op is ops.bwd else ())
+        return call(op, *arguments)
+
+    monkeypatch.setattr(ops, "call", observed)
+    for on_tensor_cores in (True, False):
+        given.clear()
+        monkeypatch.setattr(ops, "on_tensor_cores", lambda q, arithmetic, answer=on_tensor_cores: answer)
+        got = torch.autograd.grad(fad.attn(q, k, v, causal=True, arithmetic="mma_sm90"), (q, k, v), misaligned)
+        for a, b in zip(got, want, strict=True):
+            assert_bits_equal(a, b)
+        assert len(given) == 5
+        assert all(x.data_ptr() % 16 == 0 for x in given) == on_tensor_cores

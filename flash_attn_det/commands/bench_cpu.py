@@ -10,15 +10,17 @@ from __future__ import annotations
 import argparse
 import csv
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from torch.nn.functional import scaled_dot_product_attention
 
 import flash_attn_det as fad
-from flash_attn_det.commands import machine, markdown, measure, report
+from flash_attn_det.commands import gradients, machine, markdown, measure, report
 from flash_attn_det.commands.cases import Case
 from flash_attn_det.reference import attn_oracle
 
@@ -37,7 +39,7 @@ class Figures:
     torch_error: float
     ours_extra_bytes: int | None
     torch_extra_bytes: int | None
-    ceiling: float  # FLOP/s of FMAs for a prefill, bytes/s of reads for a decode
+    ceiling: float  # bytes/s of reads for a decode, FLOP/s of FMAs otherwise
 
     @property
     def ratio(self) -> float:
@@ -45,35 +47,70 @@ class Figures:
         return self.torch_seconds / self.ours_seconds
 
 
-def measure_case(case: Case, threads: int, seconds: float) -> Figures | None:
-    """Check, then time one case with ``threads`` threads for about ``seconds``; None when it is not accurate."""
+class _Contest(NamedTuple):
+    """Ours and torch's, ready to be timed, their errors, and whether ours has the accuracy of its dtype."""
+
+    ours: Callable[[], object]
+    torchs: Callable[[], object]
+    ours_error: float
+    torch_error: float
+    accurate: bool
+
+
+def _torchs(case: Case) -> Callable[..., torch.Tensor]:
+    grouped = case.Hq != case.Hk
+    return lambda *qkv: scaled_dot_product_attention(*qkv, is_causal=case.causal, enable_gqa=grouped)
+
+
+def _forward(case: Case) -> _Contest:
+    """Largest errors of the last rows of the last head."""
     q, k, v = case.tensors()
-    q_t, k_t, v_t = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
 
     def ours() -> torch.Tensor:
         return fad.attn(q, k, v, causal=case.causal)
 
     def torchs() -> torch.Tensor:
-        return scaled_dot_product_attention(q_t, k_t, v_t, is_causal=case.causal, enable_gqa=case.Hq != case.Hk)
+        return _torchs(case)(*heads_first)
 
-    with torch.inference_mode(), measure.torch_threads(threads):
-        last = slice(-CHECKED_ROWS, None)
-        exact = attn_oracle(q[-1:, last, -1:], k[-1:, :, -1:], v[-1:, :, -1:], causal=case.causal)
-        ours_error, _ = measure.error(ours()[-1:, last, -1:], exact)
-        torch_error, _ = measure.error(torchs().transpose(1, 2)[-1:, last, -1:], exact)
-        if not measure.accurate(ours_error, torch_error, exact, q.dtype):
+    last = slice(-CHECKED_ROWS, None)
+    exact = attn_oracle(q[-1:, last, -1:], k[-1:, :, -1:], v[-1:, :, -1:], causal=case.causal)
+    ours_error, _ = measure.error(ours()[-1:, last, -1:], exact)
+    torch_error, _ = measure.error(torchs().transpose(1, 2)[-1:, last, -1:], exact)
+    accurate = measure.accurate(ours_error, torch_error, exact, q.dtype)
+    return _Contest(ours, torchs, ours_error, torch_error, accurate)
+
+
+def _backward(case: Case) -> _Contest:
+    """Relative errors of the gradients of two heads, the largest of the three."""
+    inputs = case.tensors()
+    dout = gradients.upstream(case, inputs[0])
+    exact = gradients.exact(case, *inputs, dout)
+    ours, as_it_is = gradients.backward_of(lambda *qkv: fad.attn(*qkv, causal=case.causal), inputs, dout, False)
+    torchs, rows_first = gradients.backward_of(_torchs(case), inputs, dout, True)
+    ours_errors = gradients.errors(case, as_it_is(ours()), exact)
+    torch_errors = gradients.errors(case, rows_first(torchs()), exact)
+    accurate = gradients.too_far(ours_errors, torch_errors) is None
+    return _Contest(ours, torchs, max(ours_errors), max(torch_errors), accurate)
+
+
+def measure_case(case: Case, threads: int, seconds: float) -> Figures | None:
+    """Check, then time one case with ``threads`` threads for about ``seconds``; None when it is not accurate."""
+    backward = case.kind == "backward"
+    with torch.inference_mode(not backward), measure.torch_threads(threads):
+        contest = (_backward if backward else _forward)(case)
+        if not contest.accurate:
             return None
-        ours_seconds, torch_seconds = measure.interleaved_medians([ours, torchs], seconds)
-        prefill = case.kind == "prefill"
+        ours_seconds, torch_seconds = measure.interleaved_medians([contest.ours, contest.torchs], seconds)
         return Figures(
             threads=threads,
             ours_seconds=ours_seconds,
             torch_seconds=torch_seconds,
-            ours_error=ours_error,
-            torch_error=torch_error,
-            ours_extra_bytes=measure.peak_extra_bytes(ours),
-            torch_extra_bytes=measure.peak_extra_bytes(torchs),
-            ceiling=machine.fma_peak(threads) if prefill else machine.read_bandwidth(case.kv_bytes),
+            ours_error=contest.ours_error,
+            torch_error=contest.torch_error,
+            ours_extra_bytes=measure.peak_extra_bytes(contest.ours),
+            torch_extra_bytes=measure.peak_extra_bytes(contest.torchs),
+            ceiling=machine.read_bandwidth(case.kv_bytes) if case.kind == "decode" else machine.fma_peak(threads),
         )
 
 
@@ -82,7 +119,7 @@ COLUMNS = ["case", "threads", "ours", "torch", "ratio", "our rate", "of ceiling"
 
 def cells(case: Case, figures: Figures) -> list[str]:
     """One row of the table with COLUMNS."""
-    work, unit = (case.flop, "GFLOP/s") if case.kind == "prefill" else (case.kv_bytes, "GB/s")
+    work, unit = (case.kv_bytes, "GB/s") if case.kind == "decode" else (case.flop, "GFLOP/s")
 
     def share(seconds: float) -> str:
         return f"{work / seconds / figures.ceiling:.0%}"
@@ -133,8 +170,9 @@ def draw(path: Path, results: list[tuple[Case, Figures]]) -> None:
 
 
 NOTE = (
-    "ratio: our throughput over torch's. ceiling: fp32 FMA peak of as many cores (prefill), or torch's sum over a "
-    "buffer as large as K and V (decode). memory: resident bytes that one call adds at its peak, result included."
+    "ratio: our throughput over torch's. ceiling: fp32 FMA peak of as many cores (prefill, backward), or torch's sum "
+    "over a buffer as large as K and V (decode). backward: alone, its forward kept; its rate counts five products. "
+    "memory: resident bytes that one call adds at its peak, result included."
 )
 
 

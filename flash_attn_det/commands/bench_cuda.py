@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flash_attn_det.commands import contest, machine, markdown, plot, report, tables
 from flash_attn_det.commands.cases import CudaCase
-from flash_attn_det.commands.contest import Result
+from flash_attn_det.commands.figures import Result, reasons
 from flash_attn_det.commands.peers import OURS, peers
 
 # Timed seconds of a case, all libraries together.
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, chosen: list[CudaCase]) -> int:
     grids = tables.grids(results, ceilings)
     for grid in grids:
         grid.print(console)
-    remarks = [tables.NOTE, *contest.reasons(results)]
+    remarks = [tables.NOTE, *reasons(results)]
     failures = [failure for result in results for failure in result.failures]
     for line in (*remarks, *(f"FAILED {failure}" for failure in failures)):
         console.print(line)

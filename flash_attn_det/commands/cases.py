@@ -46,9 +46,9 @@ class Case:
 
     @property
     def flop(self) -> int:
-        """Operations of both products over the visible pairs; an FMA counts as two."""
+        """Operations of both products over the visible pairs, of a backward's five; an FMA counts as two."""
         pairs = sum(n * (n + 1) // 2 if self.causal else n * keys for n, keys in self.lengths)
-        return 4 * self.Hq * pairs * self.D
+        return (10 if self.kind == "backward" else 4) * self.Hq * pairs * self.D
 
     @property
     def kv_bytes(self) -> int:
@@ -66,7 +66,7 @@ class Case:
 
 
 def cpu_cases(quick: bool, full: bool) -> list[Case]:
-    """The CPU's grid, decode after prefill. Without ``full``, the cases beyond LARGEST_FLOP are left out."""
+    """The CPU's grid: prefill, decode, backward. Without ``full``, the cases beyond LARGEST_FLOP are left out."""
     batches, lengths, heads = ((1,), (512, 2048), (8,)) if quick else ((1, 8), (512, 2048, 8192), (8, 32))
     head_dims = (64, 128)
     grid = [
@@ -83,6 +83,13 @@ def cpu_cases(quick: bool, full: bool) -> list[Case]:
         for dtype in ("float32", "bfloat16")
         for D in head_dims
         for L in ((1024, 16384) if quick else (1024, 4096, 16384, 65536))
+    ]
+    grid += [
+        Case("backward", dtype, 1, L, L, 8, 8, D, causal)
+        for dtype in ("float32", "bfloat16")
+        for D in (head_dims[:1] if quick else head_dims)
+        for L in ((512,) if quick else (512, 2048))
+        for causal in (False, True)
     ]
     return [case for case in grid if full or case.flop <= LARGEST_FLOP]
 
@@ -131,6 +138,7 @@ GROUPS = {
     "short": "Short sequences",
     "fork": "The cases that an earlier deterministic fork of FlashAttention published",
     "split": "What splits cost: the default split size, and one split for the whole sequence",
+    "backward": "Backward alone",
 }
 
 
@@ -187,6 +195,20 @@ def _short() -> Iterator[CudaCase]:
     yield _square("short", "bfloat16", len(packed), max(packed), 16, 128, True, packed=packed, quick=True)
 
 
+def _backward() -> Iterator[CudaCase]:
+    for shape in (
+        (8, 4096, 32, 64, False),
+        (4, 2048, 32, 64, False),
+        (2, 8192, 16, 128, True),
+        (2, 8192, 16, 128, False),
+        (2, 8192, 8, 256, True),
+        (4, 4096, 16, 128, True),
+        (16, 1024, 16, 128, True),
+    ):
+        yield _square("backward", "bfloat16", *shape, quick=shape == (4, 4096, 16, 128, True))
+    yield _square("backward", "float32", 1, 4096, 16, 128, True, quick=True)
+
+
 def cuda_cases() -> list[CudaCase]:
     """Every case of the GPU benchmark, by group in the order of GROUPS."""
     return [
@@ -197,4 +219,5 @@ def cuda_cases() -> list[CudaCase]:
         _square("fork", "float16", 8, 4096, 32, 64, False),
         _square("fork", "float16", 4, 2048, 32, 64, False, memory_limit=34 << 20, quick=True),
         *(_square("split", "bfloat16", 2, 8192, 16, D, False, quick=D == 128) for D in (64, 128, 256)),
+        *_backward(),
     ]

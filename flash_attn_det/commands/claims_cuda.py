@@ -14,7 +14,7 @@ from flash_attn_det.commands import measure
 from flash_attn_det.commands.backends import Backend, Setting
 from flash_attn_det.commands.claims import same, whole_call
 from flash_attn_det.commands.invariance import Check, Comparison
-from flash_attn_det.commands.libraries import Library, Rows
+from flash_attn_det.commands.libraries import Library, Ours, Rows
 
 # Every choice of the scheduler. The fma family has one kernel, of which the third says nothing.
 TILE_ROWS = {"mma": (16, 64, 128), "fma": (4, 16, 64)}
@@ -90,24 +90,36 @@ def graphs(backend: Backend) -> list[Comparison]:
     return [comparison(setting) for setting in backend.all]
 
 
+def is_emulated() -> bool:
+    """Whether what this GPU's tensor cores compute is known from measurements."""
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
+def on_the_cpu(library: Library) -> Library:
+    """The library as it has to be told to give a GPU's bits on the CPU."""
+    emulate = isinstance(library, Ours) and library.arithmetic == "mma"
+    return replace(library, arithmetic="mma_sm90") if emulate else library
+
+
 def processor(backend: Backend) -> list[Comparison]:
-    """The GPU, and this machine's CPU."""
+    """The GPU, and this machine's CPU: as it is, or emulating the GPU."""
 
     def comparison(setting: Setting) -> Comparison:
-        on_cpu = whole_call(replace(setting, device="cpu"), 2)
+        there = whole_call(replace(setting, device="cpu"), 2)
 
         def variants(library: Library) -> Iterator[Rows]:
-            yield on_cpu(library)
+            yield there(on_the_cpu(library))
 
         return Comparison(setting.label, whole_call(setting, 2), variants, same(setting, variants))
 
     return [comparison(setting) for setting in backend.all]
 
 
-CHECKS = [
+_CHECKS = [
     Check("kernel: all kernels, tiles and ways to fold", kernels),
     Check(f"streams: the current one, {STREAMS} others at once", streams),
     Check("CUDA graph replays", graphs),
 ]
+MMA_CHECKS = [*_CHECKS, Check("GPU = its emulation on a CPU", processor, is_emulated)]
 # The fma family has one set of bits for all machines.
-FMA_CHECKS = [*CHECKS, Check("GPU = CPU", processor)]
+FMA_CHECKS = [*_CHECKS, Check("GPU = CPU", processor)]

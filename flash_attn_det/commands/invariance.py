@@ -1,9 +1,10 @@
 """How a claim about bits is checked.
 
 A check is a list of comparisons. A comparison computes rows in one way (``expected``) and in other ways (``variants``),
-and counts the elements of out and lse whose bits differ. Two controls run on the same inputs: torch's attention through
-the same comparison, and our own attention with another split size, which must differ, or the inputs are too tame to
-prove anything. The claims themselves are in claims.py, claims_cpu.py and claims_cuda.py.
+and counts the elements of out and lse, or of gradients, whose bits differ. Two controls run on the same inputs: torch's
+attention through the same comparison, and our own attention with another split size, which must differ, or the inputs
+are too tame to prove anything. The claims themselves are in claims.py, claims_cpu.py, claims_cuda.py and
+claims_gradients.py.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from dataclasses import dataclass, field
 import torch
 
 from flash_attn_det.commands.backends import BLOCK, SPLIT, Backend
+from flash_attn_det.commands.gradients import Gradients
 from flash_attn_det.commands.libraries import Library, Ours, Rows, Torch, flash_first
 from flash_attn_det.testing import bits_differ
 
+Results = Rows | Gradients
 
-def differing(a: Rows, b: Rows) -> tuple[int, int]:
-    """Elements of out and lse whose bits differ, and elements compared."""
+
+def differing(a: Results, b: Results) -> tuple[int, int]:
+    """Elements of out and lse, or of gradients, whose bits differ, and elements compared."""
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None]
     return sum(bits_differ(x, y) for x, y in pairs), sum(x.numel() for x, _ in pairs)
 
@@ -30,17 +34,18 @@ class Comparison:
     has no such form."""
 
     label: str
-    expected: Callable[[Library], Rows]
-    variants: Callable[[Library], Iterable[Rows]]
-    torch_variants: Callable[[Library], Iterable[Rows]] | None
+    expected: Callable[[Library], Results]
+    variants: Callable[[Library], Iterable[Results]]
+    torch_variants: Callable[[Library], Iterable[Results]] | None
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table."""
+    """One line of the table. claimed: whether it is claimed of this machine."""
 
     title: str
     comparisons: Callable[[Backend], list[Comparison]]
+    claimed: Callable[[], bool] = lambda: True
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flash_attn_det.commands.contest import Result, groups
+from flash_attn_det.commands.figures import Result, groups
 
 MARK = 0.2  # inches that one library of one case takes
 

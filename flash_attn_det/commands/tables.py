@@ -8,15 +8,18 @@ import torch
 
 from flash_attn_det.commands import machine, report
 from flash_attn_det.commands.cases import CudaCase
-from flash_attn_det.commands.contest import Result, groups
+from flash_attn_det.commands.figures import Result, groups
 from flash_attn_det.commands.peers import LEGEND, OURS
 
 NOTE = (
     "Medians of runs in turns, after the last and the middle rows of two heads were compared with float64. "
     "ours/X: our time over X's, below 1 is faster. In parentheses: X's rate, in the unit of ours. Rates: both products "
-    "over the visible pairs, or K and V read once. of ceiling: the time that the matrix product or the copy above "
-    "needs for as many operations or bytes, whichever is longer, over ours. error: largest against float64; "
-    "that of the other libraries is the largest of theirs. "
+    "over the visible pairs, a backward's five, or K and V read once. of ceiling: the time that the matrix product or "
+    "the copy above needs for as many operations or bytes, whichever is longer, over ours. error: largest against "
+    "float64; that of the other libraries is the largest of theirs. A backward is timed alone, its forward kept: "
+    "torch's autograd calls it. Its error is the root mean square of what dq, dk and dv of two heads differ from "
+    "float64 by, over that of the gradient, the largest of the three; each of ours is at most 1.2 times FA2's, or not "
+    "timed. FA2 deterministic: under torch.use_deterministic_algorithms. "
     "Prefills are timed by CUDA events, one call after the other; what the L2 cache keeps of one is nothing against "
     "them. Decode and few queries are timed inside CUDA graphs that repeat the call on the same inputs: K and V come "
     "from the L2 cache where the table says so, and from memory otherwise. " + LEGEND
@@ -102,14 +105,17 @@ def _memory_grid(results: list[Result]) -> report.Grid:
     for result in results:
         added = (result.figures.get(name) for name in peers)
         sizes = (report.mebibytes(None if figures is None else figures.extra_bytes) for figures in added)
-        rows.append([f"{result.case.shape}, {result.case.dtype}", *sizes, report.mebibytes(result.case.memory_limit)])
+        kind = "backward, " if result.case.kind == "backward" else ""
+        rows.append(
+            [f"{kind}{result.case.shape}, {result.case.dtype}", *sizes, report.mebibytes(result.case.memory_limit)]
+        )
     return report.Grid(
         "Memory that a call adds at its peak, its result included", ["case", *peers, "allowed"], rows=rows
     )
 
 
 def grids(results: list[Result], ceilings: Ceilings) -> list[report.Grid]:
-    """One table for each group and dtype, and one of memory where a case has a limit."""
-    limited = [result for result in results if result.case.memory_limit is not None]
+    """One table for each group and dtype, and one of memory of backwards and where a case has a limit."""
+    weighed = [result for result in results if result.case.memory_limit is not None or result.case.kind == "backward"]
     times = [_time_grid(title, group, ceilings) for title, group in groups(results).items()]
-    return [*times, *([_memory_grid(limited)] if limited else [])]
+    return [*times, *([_memory_grid(weighed)] if weighed else [])]

@@ -21,6 +21,7 @@ from flash_attn_det.commands import (
     claims,
     claims_cpu,
     claims_cuda,
+    claims_gradients,
     contest,
     invariance,
     machine,
@@ -31,13 +32,15 @@ from flash_attn_det.commands import (
 )
 from flash_attn_det.commands.backends import Backend
 from flash_attn_det.commands.cases import Case, cuda_cases
+from flash_attn_det.commands.figures import reasons
 from flash_attn_det.commands.libraries import Torch, flash_first
 from flash_attn_det.commands.peers import peers
 from flash_attn_det.reference import attn_oracle
 
 INVARIANCE_NOTE = (
-    "differ: elements of out and lse whose bits differ between the forms that the line names; must be 0. "
-    "torch: the same comparison with scaled_dot_product_attention on the same inputs (out only; on a GPU its flash "
+    "differ: elements of out and lse, or of the gradients of q, k and v, whose bits differ between the forms that the "
+    "line names; must be 0. "
+    "torch: the same comparison with scaled_dot_product_attention on the same inputs (without lse; on a GPU its flash "
     "kernel where that takes the call), in the case where the largest share differs; where that is 0 or has no such "
     "form, the next column speaks alone. "
     f"other split size: share that changes when splits of {backends.SPLIT} keys, which the claims are checked with, "
@@ -49,9 +52,10 @@ ACCURACY_NOTE = (
     "flash kernel where that takes the dtype."
 )
 TIME_NOTE = (
-    "ratio: our throughput over torch's, medians of runs in turns. of ceiling: share of the fp32 FMA peak (prefill) or "
-    "of the bandwidth of torch's sum over a buffer as large as K and V (decode). memory: resident bytes that one call "
-    "adds at its peak, result included. The full grid: flash-attn-det bench."
+    "ratio: our throughput over torch's, medians of runs in turns. of ceiling: share of the fp32 FMA peak (prefill, "
+    "backward) or of the bandwidth of torch's sum over a buffer as large as K and V (decode). A backward is timed "
+    "without its forward, if each gradient is at most 1.2 times as far from float64 as torch's. memory: resident "
+    "bytes that one call adds at its peak, result included. The full grid: flash-attn-det bench."
 )
 CUDA_TIME_NOTE = f"{tables.NOTE} All cases: flash-attn-det bench."
 
@@ -59,15 +63,19 @@ BITS_COLUMNS = ["invariance: same bits in", "compared", "differ", "torch", "othe
 ACCURACY_COLUMNS = ["case", "ours, max", "ours, rms", "torch, max", "torch, rms", "verdict"]
 
 CHECKS = {
-    backends.CPU: [*claims.CHECKS, *claims_cpu.CHECKS],
-    backends.CUDA_MMA: [*claims.CHECKS, *claims_cuda.CHECKS],
-    backends.CUDA_FMA: [*claims.CHECKS, *claims_cuda.FMA_CHECKS],
+    backends.CPU: [*claims.CHECKS, *claims_cpu.CHECKS, *claims_gradients.CPU_CHECKS],
+    backends.CUDA_MMA: [*claims.CHECKS, *claims_cuda.MMA_CHECKS, *claims_gradients.MMA_CHECKS],
+    backends.CUDA_FMA: [*claims.CHECKS, *claims_cuda.FMA_CHECKS, *claims_gradients.FMA_CHECKS],
 }
 CPU_TIMED = [
-    Case("prefill", dtype, 1, 2048, 2048, 8, 8, 64, causal)
-    for dtype in ("float32", "bfloat16")
-    for causal in (False, True)
-] + [Case("decode", dtype, 1, 1, 16384, 32, 8, 128, False) for dtype in ("float32", "bfloat16")]
+    *(
+        Case("prefill", dtype, 1, 2048, 2048, 8, 8, 64, causal)
+        for dtype in ("float32", "bfloat16")
+        for causal in (False, True)
+    ),
+    *(Case("decode", dtype, 1, 1, 16384, 32, 8, 128, False) for dtype in ("float32", "bfloat16")),
+    *(Case("backward", dtype, 1, 1024, 1024, 8, 8, 64, True) for dtype in ("float32", "bfloat16")),
+]
 CUDA_TIMED = [case for case in cuda_cases() if case.quick]
 
 
@@ -155,7 +163,7 @@ def check_bits(part: Part, backend: Backend) -> None:
     """All claims of one backend."""
     grid = report.Grid(f"Bits, {backend.name}", BITS_COLUMNS)
     part.sections.append((grid, INVARIANCE_NOTE))
-    checks = CHECKS[backend]
+    checks = [check for check in CHECKS[backend] if check.claimed()]
     for number, check in enumerate(checks, 1):
         row, failures = check_invariance(check, backend)
         grid.rows.append(row)
@@ -195,7 +203,7 @@ def time_cuda(part: Part) -> None:
     for name, value in ceilings.facts().items():
         part.say(f"{name}: {value}")
     results = contest.measure_cases(CUDA_TIMED, peers(flex=False), bench_cuda.QUICK_SECONDS, part.say)
-    note = "\n\n".join([CUDA_TIME_NOTE, *contest.reasons(results)])
+    note = "\n\n".join([CUDA_TIME_NOTE, *reasons(results)])
     part.sections += [(grid, note) for grid in tables.grids(results, ceilings)]
     part.failures += [failure for result in results for failure in result.failures]
 

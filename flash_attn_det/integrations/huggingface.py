@@ -314,8 +314,8 @@ def deterministic_attention(
 
     A sequence's rows have the same bits for every batch, padding side, packing and cache that it comes from.
 
-    Raises NotImplementedError for dropout, biases and masks that cannot be expressed, and in the backward of 16-bit
-    tensors on a GPU; ValueError for arguments that contradict each other.
+    Raises NotImplementedError for dropout, biases and masks that cannot be expressed; ValueError for arguments that
+    contradict each other.
     """
     _refuse(dropout, kwargs)
     if sinks is None:
