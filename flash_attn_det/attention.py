@@ -134,6 +134,8 @@ def _arguments(
         _rows(name, t, q, rank if block_table is None else 4, has_gradient=has_gradient)
         for name, t in (("k", k), ("v", v))
     )
+    if cache_batch_idx is not None and cu_seqlens is None and q.shape[0] == 0:
+        k, v = k[:0], v[:0]  # nobody reads an entry; the ops would take the empty tensor for None
     if has_gradient and alibi_slopes is not None and torch.is_grad_enabled() and alibi_slopes.requires_grad:
         raise NotImplementedError(ops.NO_SLOPE_GRADIENT)
     no_lengths = torch.empty(0, dtype=torch.int32, device=q.device)

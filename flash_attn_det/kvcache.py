@@ -117,6 +117,8 @@ def append_kvcache(
         if _rows(name, cache, k_cache, 4, "k_cache") is not cache:
             raise ValueError(f"{name} has stride {cache.stride(-1)} in its last dimension, expected 1")
     k, v = (_rows(name, x, k_cache, 4, "k_cache") for name, x in (("k", k), ("v", v)))
+    if cache_batch_idx is not None and k.shape[0] == 0:
+        k_cache, v_cache = k_cache[:0], v_cache[:0]  # nothing is written; the op would take the empty tensor for None
     used = _counts("cache_seqlens", cache_seqlens, k)
     if used is None:
         raise ValueError("cache_seqlens is None, expected the rows of the cache in use")

@@ -299,6 +299,21 @@ def test_n10_empty_caches():
 # ---- entries that an index names -------------------------------------------------------------------------------------
 
 
+def test_no_sequence_reads_no_entry():
+    """An empty cache_batch_idx is not one that was not given."""
+    nobody = torch.zeros(0, dtype=torch.int32)
+    q, new, cache = torch.randn(0, 1, 2, 8), torch.randn(0, 1, 2, 8), torch.randn(3, 8, 2, 8)
+    before = cache.clone()
+    out = fad.attn_with_kvcache(
+        q, cache, cache.clone(), new, new, cache_seqlens=nobody, cache_batch_idx=nobody, return_lse=True
+    )
+    assert out[0].shape == (0, 1, 2, 8) and out[1].shape == (0, 2, 1)
+    assert torch.equal(cache, before)
+    with pytest.raises(ValueError, match="cache_batch_idx has 0 elements, expected 1"):
+        fad.attn_with_kvcache(torch.randn(1, 1, 2, 8), cache, cache, cache_seqlens=torch.ones(1, dtype=torch.int32),
+                              cache_batch_idx=nobody)  # fmt: skip
+
+
 @every_family
 def test_n1_cache_batch_idx_is_a_gather(family):
     dtype, arithmetic = FAMILIES[family]
