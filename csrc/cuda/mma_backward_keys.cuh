@@ -114,8 +114,8 @@ struct Band {
 };
 
 /* What score_gradients needs of query rows that are columns: `first` is this lane's in column 0, `key` its row 0. */
-template <class S> struct QueryColumns {
-    const QueryStage<S> &stage;
+template <class Stage> struct QueryColumns {
+    const Stage &stage;
     int first, key, apart;
     float negative_slope;
 
@@ -158,7 +158,7 @@ template <class S> struct KeyGradientWarp {
         auto find_dp = [&](auto meanwhile) {
             multiply_rows<S::T, S::CHUNKS, S::M, S::N>(ds, sm.v, first, stage.dout, row, meanwhile);
         };
-        QueryColumns<S> columns = {stage, column, key, band.distance, 0};
+        QueryColumns<QueryStage<S>> columns = {stage, column, key, band.distance, 0};
         if (rule.plain) {
             find_s();
             score_gradients<S::CHUNKS / 2, S::M, S::N>(s, ds, rule.c, find_dp, columns);

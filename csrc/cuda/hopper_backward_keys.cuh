@@ -1,0 +1,360 @@
+/* dk and dv of the mma family for compute capability 9.0: copy engine and wgmma, the bits of mma_backward_keys.cuh.
+ *
+ * A thread block takes a tile of 128 keys of a kv head, 64 for each consuming warpgroup, which holds their dk and dv in
+ * registers. The producer keeps the query rows that see one of them coming, a head after the other. A consumer starts the
+ * score products of a step behind the sums of the step before, so that they run while it works on exp2. */
+#ifndef FAD_CUDA_HOPPER_BACKWARD_KEYS_CUH
+#define FAD_CUDA_HOPPER_BACKWARD_KEYS_CUH
+
+#include "hopper_backward_tile.cuh"
+#include "mma_backward_keys.cuh"
+#include "work.cuh"
+
+template <fad_dtype T_, int D_, int ROWS_, int SLOTS_> struct HopperKeyGradientShape {
+    static constexpr fad_dtype T = T_;
+    static constexpr int D = D_, DIMS = D / 8; /* of all four tensors, zero-padded; n8 tiles of sums */
+    static constexpr int ROWS = ROWS_, N = ROWS / 8, STEPS = ROWS / 16; /* query rows at a time; n8 tiles of scores */
+    static constexpr int SLOTS = SLOTS_;
+};
+
+/* Of the rows of a step together. OUTSIDE: some are not of the sequence, and what lies there is anything. */
+enum { EVERY_ROW_HAS_TERMS = 1, SOME_NOT_FINITE = 2, SOME_OUTSIDE = 4 };
+
+/* Of each row of a step what sum_rows found; zeros, and so no terms, outside the sequence. */
+template <int ROWS> struct StepSums {
+    alignas(16) float log2_sum[ROWS], delta[ROWS];
+    int state[ROWS], together;
+};
+
+template <class S> struct HopperKeyGradientShared {
+    Matrix<S::ROWS, S::D> q[S::SLOTS], dout[S::SLOTS];
+    Matrix<GROUP_ROWS, S::D> k[CONSUMERS], v[CONSUMERS]; /* and dk, dv, staged */
+    StepSums<S::ROWS> sums[S::SLOTS];
+    KeyTile t;
+    MemoryBarrier full[S::SLOTS], empty[S::SLOTS]; /* full: rows and their sums are there */
+};
+
+/* The steps of a tile: heads ascending, and for each its rows (N13). */
+template <class S> struct QueryWalk {
+    const int first, end; /* rows */
+    int head, row, left;  /* left: steps, this one included */
+
+    __device__ __forceinline__ explicit QueryWalk(const KeyTile &t)
+        : first(uniform(t.row / S::ROWS * S::ROWS)), end(uniform(t.end_row)), head(uniform(t.head)), row(first),
+          left(t.row < t.end_row ? uniform((t.end_head - t.head) * ((t.end_row - first + S::ROWS - 1) / S::ROWS)) : 0) {
+    }
+    __device__ __forceinline__ void advance() {
+        left--;
+        row += S::ROWS;
+        if (row >= end)
+            row = first, head++;
+    }
+};
+
+/* ---- producer ---- */
+
+/* One lane: the rows of q and dout. */
+template <class S>
+static __device__ __forceinline__ void produce_rows(const fad_attn_problem &p, const CUtensorMap &q_map,
+                                                    const CUtensorMap &dout_map, HopperKeyGradientShared<S> &sm,
+                                                    QueryWalk<S> walk) {
+    int64_t first;
+    fad_owned_rows(p.cu_seqlens_q, p.B, sm.t.seq.index, p.Sq, &first);
+    const int entry = p.cu_seqlens_q ? 0 : (int)sm.t.seq.index;
+    const uint64_t policy = keep_as_usual(); /* other tiles of the head read the same */
+#pragma unroll 1
+    for (Ring ring; walk.left > 0; walk.advance(), ring.advance(S::SLOTS)) {
+        const int i = ring.index;
+        barrier_wait(sm.empty[i], ring.round ^ 1);
+        barrier_arrive_expect(sm.full[i], sizeof sm.q[i] + sizeof sm.dout[i]);
+#pragma unroll
+        for (int piece = 0; piece < sm.q[i].PIECES; piece++) {
+            copy_box(sm.q[i].piece[piece], q_map, sm.full[i], piece * 64, (int)first + walk.row, walk.head, entry,
+                     policy);
+            copy_box(sm.dout[i].piece[piece], dout_map, sm.full[i], piece * 64, (int)first + walk.row, walk.head, entry,
+                     policy);
+        }
+    }
+}
+
+/* One warp: what sum_rows found for them. */
+template <class S>
+static __device__ __forceinline__ void produce_sums(const fad_attn_problem &p, const RowSums &sums,
+                                                    HopperKeyGradientShared<S> &sm, QueryWalk<S> walk) {
+    constexpr int EACH = S::ROWS / 32;
+    const int lane = threadIdx.x % 32, n_q = (int)sm.t.seq.span.n_q;
+#pragma unroll 1
+    for (Ring ring; walk.left > 0; walk.advance(), ring.advance(S::SLOTS)) {
+        StepSums<S::ROWS> &to = sm.sums[ring.index];
+        const int64_t first = sm.t.sums + walk.head * p.Sq + walk.row;
+        float log2_sum[EACH], delta[EACH];
+        int state[EACH], every = ~0, any = 0;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) { /* asked for before there is room: memory is late */
+            const int r = lane + 32 * i;
+            const bool exists = walk.row + r < n_q;
+            log2_sum[i] = exists ? sums.log2_sum[first + r] : 0;
+            delta[i] = exists ? sums.delta[first + r] : 0;
+            state[i] = exists ? sums.state[first + r] : 0;
+            every &= state[i], any |= state[i];
+        }
+        barrier_wait(sm.empty[ring.index], ring.round ^ 1);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            to.log2_sum[lane + 32 * i] = log2_sum[i];
+            to.delta[lane + 32 * i] = delta[i];
+            to.state[lane + 32 * i] = state[i];
+        }
+        const bool terms = __all_sync(~0u, (every & ROW_HAS_TERMS) != 0),
+                   not_finite = __any_sync(~0u, (any & ROW_NOT_FINITE) != 0);
+        if (lane == 0)
+            to.together = (terms ? EVERY_ROW_HAS_TERMS : 0) | (not_finite ? SOME_NOT_FINITE : 0) |
+                          (walk.row + S::ROWS > n_q ? SOME_OUTSIDE : 0);
+        warp_arrives(sm.full[ring.index]);
+    }
+}
+
+/* ---- consumers ---- */
+
+/* The 64 keys of a warpgroup. */
+template <class S> struct HopperKeyGradient {
+    const fad_attn_problem &p;
+    const fad_attn_problem &gradient;
+    HopperKeyGradientShared<S> &sm;
+    const ScoreRule rule;
+    const int group = uniform(threadIdx.x / GROUP_THREADS - 1), lane = threadIdx.x % 32;
+    const int first_of_warp = uniform(threadIdx.x % GROUP_THREADS / 32 * 16); /* key of the group */
+    const uint64_t k = rows_of(sm.k[group]), v = rows_of(sm.v[group]), q_rows = rows_of(sm.q[0]),
+                   dout_rows = rows_of(sm.dout[0]), q_steps = steps_of(sm.q[0]), dout_steps = steps_of(sm.dout[0]);
+    QueryWalk<S> walk;
+    int whole_row, whole_end; /* steps that begin at rows whole_row .. whole_end - 1 meet the keys in full */
+    Ring ring;                /* the step's */
+    int together;             /* of its rows */
+    Fragments<1, S::DIMS> dk, dv;
+
+    __device__ HopperKeyGradient(const fad_attn_problem &problem, const fad_attn_problem &of_gradient,
+                                 HopperKeyGradientShared<S> &shared)
+        : p(problem), gradient(of_gradient), sm(shared), rule(problem), walk(shared.t) {
+        clear<1, S::DIMS>(dk);
+        clear<1, S::DIMS>(dv);
+        const KeyTile &t = sm.t;
+        const fad_span &span = t.seq.span;
+        const int64_t shift = span.n_q - span.n_k, n_q = span.n_q; /* N2: key j stands where row j + shift does */
+        whole_row = uniform((int)(span.right < 0 ? 0 : fad_clamp(t.first + t.hi - 1 + shift - span.right, 0, n_q)));
+        whole_end =
+            uniform((int)(span.left < 0 ? n_q : fad_clamp(t.first + t.lo + shift + span.left - (S::ROWS - 2), 0, n_q)));
+    }
+
+    /* N11: keys that do not exist are zeros; nothing is read there. */
+    __device__ __forceinline__ void load_keys(Matrix<GROUP_ROWS, S::D> &to, const fad_view &view, int64_t first_key,
+                                              int64_t dims) const {
+        const KeyTile &t = sm.t;
+        const int64_t row = t.first + group * GROUP_ROWS;
+        const char *from = (const char *)view.data + 2 * (first_key + row * view.stride_s + t.head_k * view.stride_h);
+#pragma unroll
+        for (int piece = 0; piece < to.PIECES; piece++)
+            load_rows<GROUP_ROWS, 8, GROUP_THREADS>(to.piece[piece], from + piece * 128, 2 * view.stride_s,
+                                                    t.lo - group * GROUP_ROWS, t.hi - group * GROUP_ROWS,
+                                                    (int)dims - piece * 64, threadIdx.x % GROUP_THREADS);
+    }
+
+    __device__ __forceinline__ bool is_whole() const { return walk.row >= whole_row && walk.row < whole_end; }
+    __device__ __forceinline__ bool is_plain() const {
+        return rule.plain && is_whole() && (together & EVERY_ROW_HAS_TERMS);
+    }
+
+    __device__ __forceinline__ void wait_for_rows() {
+        barrier_wait(sm.full[ring.index], ring.round);
+        together = sm.sums[ring.index].together;
+    }
+    __device__ __forceinline__ void start_scores(Fragments<1, S::N> &s) const {
+        start_product<S::T, S::D, S::N>(s, k, matrix_at(q_rows, ring.index * (int)sizeof sm.q[0]));
+    }
+    __device__ __forceinline__ void start_dp(Fragments<1, S::N> &dp) const {
+        start_product<S::T, S::D, S::N>(dp, v, matrix_at(dout_rows, ring.index * (int)sizeof sm.dout[0]));
+    }
+    __device__ __forceinline__ void start_dv(const unsigned (&a)[S::STEPS][4], int slot) {
+        start_sum<S::T, S::STEPS, S::DIMS>(dv, a, matrix_at(dout_steps, slot * (int)sizeof sm.dout[0]));
+    }
+    __device__ __forceinline__ void start_dk(const unsigned (&a)[S::STEPS][4], int slot) {
+        start_sum<S::T, S::STEPS, S::DIMS>(dk, a, matrix_at(q_steps, slot * (int)sizeof sm.q[0]));
+    }
+
+    /* N11: Inf or NaN where some pair of the step is no term. */
+    __device__ __forceinline__ bool needs_guard() const {
+        if (together & SOME_NOT_FINITE)
+            return true;
+        if (!(together & SOME_OUTSIDE))
+            return false;
+        const bool in_q = has_not_finite<S::T>(sm.q[ring.index], group); /* barriers: both are asked */
+        return has_not_finite<S::T>(sm.dout[ring.index], group) || in_q;
+    }
+
+    /* Any step whose products are there: P (a) and dS (b), rounded; what is no term is 0 and reaches nothing (N13). */
+    __device__ __forceinline__ void find_fragments(Fragments<1, S::N> &s, Fragments<1, S::N> &dp,
+                                                   unsigned (&a)[S::STEPS][4], unsigned (&b)[S::STEPS][4]) {
+        const Band band(sm.t, {walk.head, walk.row});
+        const StepSums<S::ROWS> &sums = sm.sums[ring.index];
+        const int column = lane % 4 * 2, key = group * GROUP_ROWS + first_of_warp + lane / 4;
+        QueryColumns<StepSums<S::ROWS>> columns = {sums, column, key, band.distance, 0};
+        if (rule.plain) {
+            find_probabilities<S::N>(s, rule.c, columns, [](int) {});
+            find_gradients<S::T, S::N>(s, dp, b, columns);
+        } else {
+            if (rule.alibi)
+                columns.negative_slope =
+                    -((const float *)p.alibi_slopes)[sm.t.seq.index * p.alibi_stride_b + walk.head];
+            score_gradients_with_options<1, S::N>(s, dp, rule, columns);
+        }
+        const bool partial = !is_whole() || !(together & EVERY_ROW_HAS_TERMS);
+        if (partial)
+            clear_others<1, S::N>(s, dp, [&](int, int n, int e) {
+                const int r = column + 8 * n + e % 2;
+                return band.meets(key + e / 2 * 8, r) && (sums.state[r] & ROW_HAS_TERMS);
+            });
+#pragma unroll
+        for (int n = 0; n < S::N; n++) {
+            round_tile<S::T, S::N>(a, s, n);
+            round_tile<S::T, S::N>(b, dp, n);
+        }
+        if (partial && needs_guard()) {
+            auto is_term = [&](int r, int row) {
+                return band.meets(group * GROUP_ROWS + first_of_warp + r, row) && (sums.state[row] & ROW_HAS_TERMS);
+            };
+            add_guarded<S::T, S::STEPS, S::DIMS>(dv, a, sm.dout[ring.index], is_term);
+            add_guarded<S::T, S::STEPS, S::DIMS>(dk, b, sm.q[ring.index], is_term);
+            named_barrier_sync(ALL_CONSUMERS, CONSUMER_THREADS); /* the rows may be overwritten */
+            zero_matrix(sm.dout[ring.index]);
+            zero_matrix(sm.q[ring.index]);
+            fence_async_proxy();
+            named_barrier_sync(ALL_CONSUMERS, CONSUMER_THREADS); /* the zeros may be read */
+        }
+    }
+
+    /* One step, whose products S and dP are on their way; at the end those of the next one are. */
+    template <BackwardKind KIND> __device__ __forceinline__ void step(Fragments<1, S::N> &s, Fragments<1, S::N> &dp) {
+        unsigned a[S::STEPS][4], b[S::STEPS][4]; /* in use until the sums are complete: not written again before */
+        const int slot = ring.index;
+        if constexpr (KIND == PLAIN) {
+            const QueryColumns<StepSums<S::ROWS>> columns = {sm.sums[slot], lane % 4 * 2, 0, 0, 0};
+            wgmma_wait<1>();
+            find_probabilities<S::N>(s, rule.c, columns, [&](int n) {
+                round_tile<S::T, S::N>(a, s, n);
+                /* at once: the compiler puts off to the end what nobody waits for */
+                asm volatile("" : "+r"(a[n / 2][n % 2 * 2]), "+r"(a[n / 2][n % 2 * 2 + 1]));
+            });
+            start_dv(a, slot);
+            wgmma_wait<1>();
+            find_gradients<S::T, S::N>(s, dp, b, columns);
+        } else {
+            wgmma_wait<0>();
+            find_fragments(s, dp, a, b);
+            start_dv(a, slot);
+        }
+        start_dk(b, slot);
+        if constexpr (KIND == LAST) {
+            wgmma_wait<0>();
+        } else {
+            walk.advance();
+            ring.advance(S::SLOTS);
+            wait_for_rows();
+            start_scores(s);
+            wgmma_wait<1>();
+            warp_arrives(sm.empty[slot]);
+            start_dp(dp);
+            together = uniform(together);
+        }
+    }
+
+    __device__ __forceinline__ void run_steps() {
+        Fragments<1, S::N> s, dp;
+        wait_for_rows();
+        together = uniform(together);
+        start_scores(s);
+        start_dp(dp);
+#pragma unroll 1
+        while (walk.left > 1) {
+            if (!is_plain()) {
+                step<ANY>(s, dp);
+                continue;
+            }
+#pragma unroll 1
+            do
+                step<PLAIN>(s, dp);
+            while (walk.left > 1 && is_plain());
+        }
+        step<LAST>(s, dp);
+    }
+
+    /* The group's gradients, staged, to rows of the buffer. */
+    __device__ __forceinline__ void store_keys(const fad_view &view, int64_t first_key,
+                                               Matrix<GROUP_ROWS, S::D> &staged, int64_t dims) const {
+        const KeyTile &t = sm.t;
+        const int64_t row = t.first + group * GROUP_ROWS;
+        char *const to = (char *)view.data + 2 * (first_key + row * view.stride_s + t.head_k * view.stride_h);
+#pragma unroll 2
+        for (int at = threadIdx.x % GROUP_THREADS; at < GROUP_ROWS * staged.CHUNKS; at += GROUP_THREADS) {
+            const int r = at / staged.CHUNKS, chunk = at % staged.CHUNKS;
+            if (group * GROUP_ROWS + r < t.n_rows && chunk * 8 < dims)
+                *(uint4 *)(to + 2 * (r * view.stride_s + chunk * 8)) = *staged.chunk(r, chunk);
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        const KeyTile &t = sm.t;
+        if (walk.left > 0) {
+            load_keys(sm.k[group], p.k, t.seq.k, p.D);
+            load_keys(sm.v[group], p.v, t.seq.v, p.Dv);
+            cp_async_commit();
+            cp_async_wait<0>();
+            fence_async_proxy();
+            named_barrier_sync(1 + group, GROUP_THREADS); /* the group's k and v may be read */
+            run_steps();
+        }
+        named_barrier_sync(1 + group, GROUP_THREADS); /* and overwritten */
+        auto is_key = [&](int r) { return group * GROUP_ROWS + r >= t.lo && group * GROUP_ROWS + r < t.hi; };
+        stage<S::T, S::DIMS>(sm.k[group], first_of_warp, dk, (float)p.scale, is_key);
+        stage<S::T, S::DIMS>(sm.v[group], first_of_warp, dv, 1, is_key);
+        named_barrier_sync(1 + group, GROUP_THREADS); /* dk and dv are staged */
+        store_keys(gradient.k, t.gradient.k, sm.k[group], p.D);
+        store_keys(gradient.v, t.gradient.v, sm.v[group], p.Dv);
+    }
+};
+
+template <class S>
+__global__ void __launch_bounds__(BACKWARD_THREADS, 1)
+    hopper_backward_keys(const __grid_constant__ fad_attn_problem p, const __grid_constant__ fad_attn_problem gradient,
+                         const __grid_constant__ RowSums sums, const __grid_constant__ CUtensorMap q_map,
+                         const __grid_constant__ CUtensorMap dout_map) {
+    extern __shared__ __align__(1024) char hopper_memory[];
+    HopperKeyGradientShared<S> &sm = *(HopperKeyGradientShared<S> *)hopper_memory;
+    if (threadIdx.x < 32) {
+        locate_keys(p, gradient, TILE_ROWS, blockIdx.x, sm.t);
+    } else if (threadIdx.x == 32) {
+        for (int i = 0; i < S::SLOTS; i++) {
+            barrier_init(sm.full[i], 2); /* the copies, and the warp of the sums */
+            barrier_init(sm.empty[i], CONSUMING_WARPS);
+        }
+        fence_barrier_init();
+    }
+    __syncthreads(); /* the tile may be read, barriers be used */
+    if (!sm.t.exists)
+        return;
+    if (threadIdx.x < GROUP_THREADS) {
+        give_registers<PRODUCER_REGISTERS>();
+        const QueryWalk<S> walk(sm.t); /* by whole warps */
+        if (threadIdx.x == 0)
+            produce_rows<S>(p, q_map, dout_map, sm, walk);
+        else if (threadIdx.x / 32 == 1)
+            produce_sums<S>(p, sums, sm, walk);
+    } else {
+        take_registers<CONSUMER_REGISTERS>();
+        HopperKeyGradient<S>(p, gradient, sm).run();
+    }
+}
+
+template <class S> static HopperBackwardKernel hopper_backward_keys_of() {
+    return {S::D, TILE_ROWS, BACKWARD_THREADS, S::ROWS, sizeof(HopperKeyGradientShared<S>), hopper_backward_keys<S>};
+}
+
+#endif

@@ -1,0 +1,152 @@
+/* What both Hopper kernels of the mma family's backward are made of (N13). Each consuming warpgroup owns 64 rows of one
+ * tensor core tile (keys where dk and dv are summed, query rows where dq is), of which its warps have 16 each; what the
+ * tile meets comes block by block through a ring in shared memory. Matrices lie there in pieces of 64 dims, rows of 128
+ * bytes, swizzled as the copy engine does. Fragments are those of mma.sync (mma_backward_tile.cuh). */
+#ifndef FAD_CUDA_HOPPER_BACKWARD_TILE_CUH
+#define FAD_CUDA_HOPPER_BACKWARD_TILE_CUH
+
+#include "hopper_backward_kernel.cuh"
+#include "hopper_copy.cuh"
+#include "hopper_group.cuh"
+#include "mma_backward_tile.cuh"
+
+constexpr int CONSUMERS = 2, CONSUMER_THREADS = CONSUMERS * GROUP_THREADS, BACKWARD_THREADS = CONSUMER_THREADS + 128;
+constexpr int CONSUMING_WARPS = CONSUMERS * GROUP_WARPS, TILE_ROWS = CONSUMERS * GROUP_ROWS;
+/* The producer gives registers to the consumers, which hold sums, scores and gradients of scores. */
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= 3 * (65536 / BACKWARD_THREADS / 8 * 8),
+              "a warpgroup would wait for registers for ever");
+
+/* ROWS rows of D dims. */
+template <int ROWS, int D> struct Matrix {
+    static constexpr int PIECES = D / 64, PIECE = ROWS * 128, CHUNKS = D / 8;
+    alignas(1024) char piece[PIECES][PIECE];
+
+    __device__ __forceinline__ uint4 *chunk(int row, int chunk) {
+        return (uint4 *)(piece[chunk / 8] + swizzled<8>(row, chunk % 8));
+    }
+};
+/* Its descriptors: of an operand whose rows are rows (a) or columns (b) of the product, and of one whose rows are summed
+ * over. */
+template <int ROWS, int D> static __device__ __forceinline__ uint64_t rows_of(const Matrix<ROWS, D> &x) {
+    return matrix_descriptor(&x, 16);
+}
+template <int ROWS, int D> static __device__ __forceinline__ uint64_t steps_of(const Matrix<ROWS, D> &x) {
+    return matrix_descriptor(&x, x.PIECE);
+}
+
+/* N7: starts x = A B^T: 64 rows of a by 8 N rows of b. */
+template <fad_dtype T, int D, int N>
+static __device__ __forceinline__ void start_product(Fragments<1, N> &x, uint64_t a, uint64_t b) {
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+        wgmma_scores<T>(x[0], matrix_at(a, k / 4 * Matrix<GROUP_ROWS, D>::PIECE + k % 4 * 32),
+                        matrix_at(b, k / 4 * Matrix<8 * N, D>::PIECE + k % 4 * 32), k > 0);
+    wgmma_commit();
+}
+
+/* N13: starts sum += A B, in steps of 16 rows of b. */
+template <fad_dtype T, int STEPS, int N>
+static __device__ __forceinline__ void start_sum(Fragments<1, N> &sum, const unsigned (&a)[STEPS][4], uint64_t b) {
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < STEPS; step++)
+        wgmma_values<T>(sum[0], a[step], matrix_at(b, step * 16 * 128));
+    wgmma_commit();
+}
+
+/* N13, plain: s becomes p. meanwhile(n): something else to do with n8 tile n, beside the exp2, which takes an instruction
+ * every eight cycles. */
+template <int N, class Of, class Meanwhile>
+static __device__ __forceinline__ void find_probabilities(Fragments<1, N> &s, float c, const Of &of,
+                                                          Meanwhile meanwhile) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const auto at = of.at(0, n);
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            s[0][n][e] = ex2(fad_f32_fma(s[0][n][e], c, -at.log2_sum(e)));
+        meanwhile(n);
+    }
+}
+/* N13: half an a operand: n8 tile n, rounded. */
+template <fad_dtype T, int N>
+static __device__ __forceinline__ void round_tile(unsigned (&a)[N / 2][4], const Fragments<1, N> &x, int n) {
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        a[n / 2][n % 2 * 2 + half] = pack2<T>(x[0][n][2 * half], x[0][n][2 * half + 1]);
+}
+/* N13: dp becomes ds; a: rounded. */
+template <fad_dtype T, int N, class Of>
+static __device__ __forceinline__ void find_gradients(const Fragments<1, N> &p, Fragments<1, N> &dp,
+                                                      unsigned (&a)[N / 2][4], const Of &of) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const auto at = of.at(0, n);
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            dp[0][n][e] = fad_f32_score_gradient(p[0][n][e], dp[0][n][e], at.delta(e));
+        round_tile<T, N>(a, dp, n);
+    }
+}
+
+/* N11: whether a matrix has Inf or NaN. Every consumer gets the same answer. */
+template <fad_dtype T, int ROWS, int D> static __device__ bool has_not_finite(const Matrix<ROWS, D> &x, int group) {
+    unsigned full = 0;
+#pragma unroll 4
+    for (int at = threadIdx.x % GROUP_THREADS; at < (int)sizeof x / 16; at += GROUP_THREADS) {
+        const uint4 values = ((const uint4 *)&x)[at];
+        full |= exponents_full<T>(values.x) | exponents_full<T>(values.y) | exponents_full<T>(values.z) |
+                exponents_full<T>(values.w);
+    }
+    return __any_sync(~0u, named_barrier_or(1 + group, GROUP_THREADS, full != 0));
+}
+
+/* N11: sum += A B by mma.sync where B has Inf or NaN in rows that are no terms for some row of A. */
+template <fad_dtype T, int STEPS, int N, int ROWS, int D, class Term>
+static __device__ __forceinline__ void add_guarded(Fragments<1, N> &sum, const unsigned (&a)[STEPS][4],
+                                                   const Matrix<ROWS, D> &b, Term term) {
+    unsigned apart[STEPS][4]; /* in memory, so that it goes round in little code */
+#pragma unroll
+    for (int step = 0; step < STEPS; step++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            apart[step][i] = a[step][i];
+#pragma unroll 1
+    for (int step = 0; step < STEPS; step++) {
+        const unsigned of_step[1][4] = {{apart[step][0], apart[step][1], apart[step][2], apart[step][3]}};
+#pragma unroll
+        for (int piece = 0; piece < b.PIECES; piece++)
+            add_step_guarded<T, 8, 1, 8>(*(Fragments<1, 8> *)&sum[0][piece * 8], of_step, b.piece[piece], 16 * step, 0,
+                                         term);
+    }
+}
+/* Then there are zeros in B's place, with which the usual way changes nothing. */
+template <int ROWS, int D> static __device__ __forceinline__ void zero_matrix(Matrix<ROWS, D> &x) {
+#pragma unroll 1
+    for (int at = threadIdx.x - GROUP_THREADS; at < (int)sizeof x / 16; at += CONSUMER_THREADS)
+        ((uint4 *)&x)[at] = make_uint4(0, 0, 0, 0);
+}
+
+/* Rows first .. first + 15 of a group's gradients, staged; wanted(r) as for stage_gradients. */
+template <fad_dtype T, int N, int D, class Wanted>
+static __device__ __forceinline__ void stage(Matrix<GROUP_ROWS, D> &to, int first, const Fragments<1, N> &sum,
+                                             float factor, Wanted wanted) {
+#pragma unroll
+    for (int piece = 0; piece < to.PIECES; piece++)
+        stage_gradients<T, 8, 1, 8>(to.piece[piece], first, 0, *(const Fragments<1, 8> *)&sum[0][piece * 8], factor,
+                                    wanted);
+}
+
+/* What a step has to be ready for. PLAIN: the rule is, and every pair of it is a term; LAST: there is no next. */
+enum BackwardKind { PLAIN, ANY, LAST };
+
+/* One lane for the warp. */
+static __device__ __forceinline__ void warp_arrives(MemoryBarrier &barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        barrier_arrive(barrier);
+}
+
+#endif
