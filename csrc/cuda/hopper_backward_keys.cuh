@@ -1,6 +1,6 @@
 /* dk and dv of the mma family for compute capability 9.0: copy engine and wgmma, the bits of mma_backward_keys.cuh.
  *
- * A thread block takes a tile of 128 keys of a kv head, 64 for each consuming warpgroup, which holds their dk and dv in
+ * A thread block takes a tile of keys of a kv head, 64 for each consuming warpgroup, which holds their dk and dv in
  * registers. The producer keeps the query rows that see one of them coming, a head after the other. A consumer starts the
  * score products of a step behind the sums of the step before, so that they run while it works on exp2. */
 #ifndef FAD_CUDA_HOPPER_BACKWARD_KEYS_CUH
@@ -10,7 +10,8 @@
 #include "mma_backward_keys.cuh"
 #include "work.cuh"
 
-template <fad_dtype T_, int D_, int ROWS_, int SLOTS_> struct HopperKeyGradientShape {
+template <fad_dtype T_, int D_, int CONSUMERS_, int ROWS_, int SLOTS_>
+struct HopperKeyGradientShape : BackwardRoles<CONSUMERS_> {
     static constexpr fad_dtype T = T_;
     static constexpr int D = D_, DIMS = D / 8; /* of all four tensors, zero-padded; n8 tiles of sums */
     static constexpr int ROWS = ROWS_, N = ROWS / 8, STEPS = ROWS / 16; /* query rows at a time; n8 tiles of scores */
@@ -28,7 +29,7 @@ template <int ROWS> struct StepSums {
 
 template <class S> struct HopperKeyGradientShared {
     Matrix<S::ROWS, S::D> q[S::SLOTS], dout[S::SLOTS];
-    Matrix<GROUP_ROWS, S::D> k[CONSUMERS], v[CONSUMERS]; /* and dk, dv, staged */
+    Matrix<GROUP_ROWS, S::D> k[S::CONSUMERS], v[S::CONSUMERS]; /* and dk, dv, staged */
     StepSums<S::ROWS> sums[S::SLOTS];
     KeyTile t;
     MemoryBarrier full[S::SLOTS], empty[S::SLOTS]; /* full: rows and their sums are there */
@@ -190,71 +191,83 @@ template <class S> struct HopperKeyGradient {
         return has_not_finite<S::T>(sm.dout[ring.index], group) || in_q;
     }
 
-    /* Any step whose products are there: P (a) and dS (b), rounded; what is no term is 0 and reaches nothing (N13). */
-    __device__ __forceinline__ void find_fragments(Fragments<1, S::N> &s, Fragments<1, S::N> &dp,
-                                                   unsigned (&a)[S::STEPS][4], unsigned (&b)[S::STEPS][4]) {
+    __device__ __forceinline__ QueryColumns<StepSums<S::ROWS>> columns_at(int key, int distance) const {
+        return {sm.sums[ring.index], lane % 4 * 2, key, distance, 0};
+    }
+
+    /* A step whose every pair is a term: s becomes P and dp dS (N13), the first beside the second product. */
+    __device__ __forceinline__ void find_plain(Fragments<1, S::N> &s, Fragments<1, S::N> &dp) const {
+        const auto columns = columns_at(0, 0);
+        wgmma_wait<1>();
+        find_probabilities<S::N>(s, rule.c, columns);
+        wgmma_wait<0>();
+        find_gradients<S::N>(s, dp, columns);
+    }
+
+    /* Any step: what is no term is 0 and reaches nothing. */
+    __device__ __forceinline__ void find_any(Fragments<1, S::N> &s, Fragments<1, S::N> &dp) {
         const Band band(sm.t, {walk.head, walk.row});
-        const StepSums<S::ROWS> &sums = sm.sums[ring.index];
-        const int column = lane % 4 * 2, key = group * GROUP_ROWS + first_of_warp + lane / 4;
-        QueryColumns<StepSums<S::ROWS>> columns = {sums, column, key, band.distance, 0};
+        const int *const state = sm.sums[ring.index].state;
+        const int key = group * GROUP_ROWS + first_of_warp + lane / 4;
+        auto columns = columns_at(key, band.distance);
+        wgmma_wait<0>();
         if (rule.plain) {
-            find_probabilities<S::N>(s, rule.c, columns, [](int) {});
-            find_gradients<S::T, S::N>(s, dp, b, columns);
+            find_probabilities<S::N>(s, rule.c, columns);
+            find_gradients<S::N>(s, dp, columns);
         } else {
             if (rule.alibi)
                 columns.negative_slope =
                     -((const float *)p.alibi_slopes)[sm.t.seq.index * p.alibi_stride_b + walk.head];
-            score_gradients_with_options<1, S::N>(s, dp, rule, columns);
+            find_with_options<S::N>(s, dp, rule, columns);
         }
-        const bool partial = !is_whole() || !(together & EVERY_ROW_HAS_TERMS);
-        if (partial)
-            clear_others<1, S::N>(s, dp, [&](int, int n, int e) {
-                const int r = column + 8 * n + e % 2;
-                return band.meets(key + e / 2 * 8, r) && (sums.state[r] & ROW_HAS_TERMS);
+        if (is_whole() && (together & EVERY_ROW_HAS_TERMS))
+            return;
+        clear_others<1, S::N>(s, dp, [&](int, int n, int e) {
+            const int r = columns.first + 8 * n + e % 2;
+            return band.meets(key + e / 2 * 8, r) && (state[r] & ROW_HAS_TERMS);
+        });
+        if (needs_guard())
+            add_guarded(s, dp, [&](int r, int row) {
+                return band.meets(group * GROUP_ROWS + first_of_warp + r, row) && (state[row] & ROW_HAS_TERMS);
             });
-#pragma unroll
-        for (int n = 0; n < S::N; n++) {
-            round_tile<S::T, S::N>(a, s, n);
-            round_tile<S::T, S::N>(b, dp, n);
-        }
-        if (partial && needs_guard()) {
-            auto is_term = [&](int r, int row) {
-                return band.meets(group * GROUP_ROWS + first_of_warp + r, row) && (sums.state[row] & ROW_HAS_TERMS);
-            };
-            add_guarded<S::T, S::STEPS, S::DIMS>(dv, a, sm.dout[ring.index], is_term);
-            add_guarded<S::T, S::STEPS, S::DIMS>(dk, b, sm.q[ring.index], is_term);
-            named_barrier_sync(ALL_CONSUMERS, CONSUMER_THREADS); /* the rows may be overwritten */
-            zero_matrix(sm.dout[ring.index]);
-            zero_matrix(sm.q[ring.index]);
-            fence_async_proxy();
-            named_barrier_sync(ALL_CONSUMERS, CONSUMER_THREADS); /* the zeros may be read */
-        }
     }
 
-    /* One step, whose products S and dP are on their way; at the end those of the next one are. */
-    template <BackwardKind KIND> __device__ __forceinline__ void step(Fragments<1, S::N> &s, Fragments<1, S::N> &dp) {
-        unsigned a[S::STEPS][4], b[S::STEPS][4]; /* in use until the sums are complete: not written again before */
-        const int slot = ring.index;
-        if constexpr (KIND == PLAIN) {
-            const QueryColumns<StepSums<S::ROWS>> columns = {sm.sums[slot], lane % 4 * 2, 0, 0, 0};
-            wgmma_wait<1>();
-            find_probabilities<S::N>(s, rule.c, columns, [&](int n) {
-                round_tile<S::T, S::N>(a, s, n);
-                /* at once: the compiler puts off to the end what nobody waits for */
-                asm volatile("" : "+r"(a[n / 2][n % 2 * 2]), "+r"(a[n / 2][n % 2 * 2 + 1]));
-            });
+    /* N11: adds the step by itself; what is left of it changes nothing. */
+    template <class Term>
+    __device__ __forceinline__ void add_guarded(Fragments<1, S::N> &s, Fragments<1, S::N> &dp, Term term) {
+        const FragmentsApart<S::T, S::STEPS> a(s), b(dp);
+        clear<1, S::N>(s);
+        clear<1, S::N>(dp);
+        a.add_to(dv, sm.dout[ring.index], term);
+        zero_matrix<S>(sm.dout[ring.index]);
+        b.add_to(dk, sm.q[ring.index], term);
+        zero_matrix<S>(sm.q[ring.index]);
+    }
+
+    /* From the products that are on their way to P and dS. */
+    __device__ __forceinline__ void find(Fragments<1, S::N> &s, Fragments<1, S::N> &dp) {
+        together = uniform(together);
+        if (is_plain())
+            find_plain(s, dp);
+        else
+            find_any(s, dp);
+    }
+
+    /* The last operands of the sums are in use until those are complete: not written again before. */
+    __device__ __forceinline__ void run_steps() {
+        Fragments<1, S::N> s, dp;
+        unsigned a[S::STEPS][4], b[S::STEPS][4];
+        wait_for_rows();
+        start_scores(s);
+        start_dp(dp);
+        find(s, dp);
+#pragma unroll 1
+        while (walk.left > 1) {
+            const int slot = ring.index;
+            round_fragments<S::T, S::N>(a, s);
             start_dv(a, slot);
-            wgmma_wait<1>();
-            find_gradients<S::T, S::N>(s, dp, b, columns);
-        } else {
-            wgmma_wait<0>();
-            find_fragments(s, dp, a, b);
-            start_dv(a, slot);
-        }
-        start_dk(b, slot);
-        if constexpr (KIND == LAST) {
-            wgmma_wait<0>();
-        } else {
+            round_fragments<S::T, S::N>(b, dp);
+            start_dk(b, slot);
             walk.advance();
             ring.advance(S::SLOTS);
             wait_for_rows();
@@ -262,28 +275,13 @@ template <class S> struct HopperKeyGradient {
             wgmma_wait<1>();
             warp_arrives(sm.empty[slot]);
             start_dp(dp);
-            together = uniform(together);
+            find(s, dp);
         }
-    }
-
-    __device__ __forceinline__ void run_steps() {
-        Fragments<1, S::N> s, dp;
-        wait_for_rows();
-        together = uniform(together);
-        start_scores(s);
-        start_dp(dp);
-#pragma unroll 1
-        while (walk.left > 1) {
-            if (!is_plain()) {
-                step<ANY>(s, dp);
-                continue;
-            }
-#pragma unroll 1
-            do
-                step<PLAIN>(s, dp);
-            while (walk.left > 1 && is_plain());
-        }
-        step<LAST>(s, dp);
+        round_fragments<S::T, S::N>(a, s);
+        start_dv(a, ring.index);
+        round_fragments<S::T, S::N>(b, dp);
+        start_dk(b, ring.index);
+        wgmma_wait<0>();
     }
 
     /* The group's gradients, staged, to rows of the buffer. */
@@ -322,18 +320,18 @@ template <class S> struct HopperKeyGradient {
 };
 
 template <class S>
-__global__ void __launch_bounds__(BACKWARD_THREADS, 1)
+__global__ void __launch_bounds__(S::THREADS, 1)
     hopper_backward_keys(const __grid_constant__ fad_attn_problem p, const __grid_constant__ fad_attn_problem gradient,
                          const __grid_constant__ RowSums sums, const __grid_constant__ CUtensorMap q_map,
                          const __grid_constant__ CUtensorMap dout_map) {
     extern __shared__ __align__(1024) char hopper_memory[];
     HopperKeyGradientShared<S> &sm = *(HopperKeyGradientShared<S> *)hopper_memory;
     if (threadIdx.x < 32) {
-        locate_keys(p, gradient, TILE_ROWS, blockIdx.x, sm.t);
+        locate_keys(p, gradient, S::TILE, blockIdx.x, sm.t);
     } else if (threadIdx.x == 32) {
         for (int i = 0; i < S::SLOTS; i++) {
             barrier_init(sm.full[i], 2); /* the copies, and the warp of the sums */
-            barrier_init(sm.empty[i], CONSUMING_WARPS);
+            barrier_init(sm.empty[i], S::CONSUMING_WARPS);
         }
         fence_barrier_init();
     }
@@ -341,20 +339,20 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
     if (!sm.t.exists)
         return;
     if (threadIdx.x < GROUP_THREADS) {
-        give_registers<PRODUCER_REGISTERS>();
+        give_registers<S::PRODUCER_REGISTERS>();
         const QueryWalk<S> walk(sm.t); /* by whole warps */
         if (threadIdx.x == 0)
             produce_rows<S>(p, q_map, dout_map, sm, walk);
         else if (threadIdx.x / 32 == 1)
             produce_sums<S>(p, sums, sm, walk);
     } else {
-        take_registers<CONSUMER_REGISTERS>();
+        take_registers<S::CONSUMER_REGISTERS>();
         HopperKeyGradient<S>(p, gradient, sm).run();
     }
 }
 
 template <class S> static HopperBackwardKernel hopper_backward_keys_of() {
-    return {S::D, TILE_ROWS, BACKWARD_THREADS, S::ROWS, sizeof(HopperKeyGradientShared<S>), hopper_backward_keys<S>};
+    return {S::D, S::TILE, S::THREADS, S::ROWS, sizeof(HopperKeyGradientShared<S>), hopper_backward_keys<S>};
 }
 
 #endif

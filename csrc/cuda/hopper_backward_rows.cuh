@@ -8,7 +8,7 @@
 #include "hopper_backward_tile.cuh"
 #include "mma_backward_rows.cuh"
 
-template <fad_dtype T_, int D_, int SLOTS_> struct HopperRowGradientShape {
+template <fad_dtype T_, int D_, int SLOTS_> struct HopperRowGradientShape : BackwardRoles<2> {
     static constexpr fad_dtype T = T_;
     static constexpr int D = D_, DIMS = D / 8; /* of all four tensors, zero-padded; n8 tiles of sums */
     static constexpr int N = BLOCK_KEYS / 8, STEPS = BLOCK_KEYS / 16; /* n8 tiles of scores */
@@ -16,11 +16,11 @@ template <fad_dtype T_, int D_, int SLOTS_> struct HopperRowGradientShape {
 };
 
 template <class S> struct HopperRowGradientShared {
-    Matrix<BLOCK_KEYS, S::D> ring[S::SLOTS];                /* K and V of a block, and those of the next */
-    Matrix<GROUP_ROWS, S::D> q[CONSUMERS], dout[CONSUMERS]; /* q: and dq, staged */
-    RowTable<TILE_ROWS> rows;
-    float log2_sum[TILE_ROWS], delta[TILE_ROWS];
-    int state[TILE_ROWS];
+    Matrix<BLOCK_KEYS, S::D> ring[S::SLOTS];                      /* K and V of a block, and those of the next */
+    Matrix<GROUP_ROWS, S::D> q[S::CONSUMERS], dout[S::CONSUMERS]; /* q: and dq, staged */
+    RowTable<S::TILE> rows;
+    float log2_sum[S::TILE], delta[S::TILE];
+    int state[S::TILE];
     Tile t;
     fad_sequence gradient; /* where the tile's sequence lies in gradients */
     KeyRange range;
@@ -100,9 +100,9 @@ template <class S> struct HopperRowGradient {
         load_rows_of_group(sm.dout[group], gradient.out, sm.gradient.out, p.Dv);
         cp_async_commit();
         const int thread = threadIdx.x - GROUP_THREADS;
-        sm.rows.fill(p, t, sm.range, thread, CONSUMER_THREADS);
+        sm.rows.fill(p, t, sm.range, thread, S::CONSUMER_THREADS);
 #pragma unroll 1
-        for (int r = thread; r < TILE_ROWS; r += CONSUMER_THREADS) {
+        for (int r = thread; r < S::TILE; r += S::CONSUMER_THREADS) {
             const bool active = r < t.n_active;
             const Row row = row_of(t, r);
             const int64_t at = active ? first_row_sum(p, t.seq.index, row.h) + row.i : 0;
@@ -112,7 +112,7 @@ template <class S> struct HopperRowGradient {
         }
         cp_async_wait<0>();
         fence_async_proxy();
-        named_barrier_sync(ALL_CONSUMERS, CONSUMER_THREADS); /* rows and what is known of them may be read */
+        named_barrier_sync(ALL_CONSUMERS, S::CONSUMER_THREADS); /* rows and what is known of them may be read */
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             mine.l[half] = sm.log2_sum[row() + half * 8];
@@ -141,80 +141,69 @@ template <class S> struct HopperRowGradient {
     }
     __device__ __forceinline__ bool sees(int r, int key) const { return key >= sm.rows.lo[r] && key < sm.rows.hi[r]; }
 
-    /* Any block whose products are there: dS rounded; what is no term is 0 and reaches nothing (N13). */
-    __device__ __forceinline__ void find_fragments(Fragments<1, S::N> &s, Fragments<1, S::N> &dp,
-                                                   unsigned (&a)[S::STEPS][4], int block) {
+    /* A block whose every pair is a term: dp becomes dS (N13), P beside the second product. */
+    __device__ __forceinline__ void find_plain(Fragments<1, S::N> &s, Fragments<1, S::N> &dp) const {
+        wgmma_wait<1>();
+        find_probabilities<S::N>(s, rule.c, mine);
+        wgmma_wait<0>();
+        find_gradients<S::N>(s, dp, mine);
+    }
+
+    /* Any block: what is no term is 0 and reaches nothing. */
+    __device__ __forceinline__ void find_any(Fragments<1, S::N> &s, Fragments<1, S::N> &dp, int block) {
         const int number = block * BLOCK_KEYS, key = number + lane % 4 * 2;
+        wgmma_wait<0>();
         if (rule.plain) {
-            find_probabilities<S::N>(s, rule.c, mine, [](int) {});
-            find_gradients<S::T, S::N>(s, dp, a, mine);
+            find_probabilities<S::N>(s, rule.c, mine);
+            find_gradients<S::N>(s, dp, mine);
         } else {
             const QueryRows<HopperRowGradientShared<S>> rows = {sm, row(), key};
-            score_gradients_with_options<1, S::N>(s, dp, rule, rows);
+            find_with_options<S::N>(s, dp, rule, rows);
         }
-        const bool partial = is_partial(block);
-        if (partial)
-            clear_others<1, S::N>(s, dp,
-                                  [&](int, int n, int e) { return sees(row() + e / 2 * 8, key + 8 * n + e % 2); });
-#pragma unroll
-        for (int n = 0; n < S::N; n++)
-            round_tile<S::T, S::N>(a, dp, n);
-        if (partial && has_not_finite<S::T>(sm.ring[keys], group)) {
-            add_guarded<S::T, S::STEPS, S::DIMS>(dq, a, sm.ring[keys], [&](int r, int j) {
-                return sees(group * GROUP_ROWS + first_of_warp + r, number + j);
-            });
-            named_barrier_sync(ALL_CONSUMERS, CONSUMER_THREADS); /* the keys may be overwritten */
-            zero_matrix(sm.ring[keys]);
-            fence_async_proxy();
-            named_barrier_sync(ALL_CONSUMERS, CONSUMER_THREADS); /* the zeros may be read */
+        if (!is_partial(block))
+            return;
+        clear_others<1, S::N>(s, dp, [&](int, int n, int e) { return sees(row() + e / 2 * 8, key + 8 * n + e % 2); });
+        if (has_not_finite<S::T>(sm.ring[keys], group)) {
+            const FragmentsApart<S::T, S::STEPS> a(dp);
+            clear<1, S::N>(dp); /* what is left of the step then changes nothing */
+            a.add_to(dq, sm.ring[keys],
+                     [&](int r, int j) { return sees(group * GROUP_ROWS + first_of_warp + r, number + j); });
+            zero_matrix<S>(sm.ring[keys]);
         }
     }
 
-    /* One block, whose products S and dP are on their way; at the end those of the next one are. */
-    template <BackwardKind KIND>
-    __device__ __forceinline__ void step(Fragments<1, S::N> &s, Fragments<1, S::N> &dp, int block) {
-        unsigned a[S::STEPS][4]; /* in use until the sum is complete: not written again before */
-        if constexpr (KIND == PLAIN) {
-            wgmma_wait<1>();
-            find_probabilities<S::N>(s, rule.c, mine, [](int) {});
-            wgmma_wait<0>();
-            warp_arrives(sm.empty[values]);
-            find_gradients<S::T, S::N>(s, dp, a, mine);
-        } else {
-            wgmma_wait<0>();
-            warp_arrives(sm.empty[values]);
-            find_fragments(s, dp, a, block);
-        }
-        const int used = keys;
-        start_sum<S::T, S::STEPS, S::DIMS>(dq, a, matrix_at(ring_steps, used * (int)sizeof sm.ring[0]));
-        if constexpr (KIND == LAST) {
-            wgmma_wait<0>();
-        } else {
-            start_scores(s);
-            wgmma_wait<1>();
-            warp_arrives(sm.empty[used]);
-            start_dp(dp);
-        }
+    /* From the products that are on their way to dS, in dp. */
+    __device__ __forceinline__ void find(Fragments<1, S::N> &s, Fragments<1, S::N> &dp, int block) {
+        if (rule.plain && !is_partial(block))
+            find_plain(s, dp);
+        else
+            find_any(s, dp, block);
+        warp_arrives(sm.empty[values]);
+    }
+    __device__ __forceinline__ void start_dq(const unsigned (&a)[S::STEPS][4], int slot) {
+        start_sum<S::T, S::STEPS, S::DIMS>(dq, a, matrix_at(ring_steps, slot * (int)sizeof sm.ring[0]));
     }
 
     __device__ __forceinline__ void run_blocks() {
         Fragments<1, S::N> s, dp;
-        const int last = blocks - 1;
+        unsigned a[S::STEPS][4]; /* in use until the sum is complete: not written again before */
         start_scores(s);
         start_dp(dp);
+        find(s, dp, 0);
 #pragma unroll 1
-        for (int block = 0; block < last;) {
-            if (!rule.plain || is_partial(block)) {
-                step<ANY>(s, dp, block++);
-                continue;
-            }
-            const int end = min(whole + n_whole, last);
-#pragma unroll 1
-            do
-                step<PLAIN>(s, dp, block);
-            while (++block < end);
+        for (int block = 1; block < blocks; block++) {
+            const int slot = keys;
+            round_fragments<S::T, S::N>(a, dp);
+            start_dq(a, slot);
+            start_scores(s);
+            wgmma_wait<1>();
+            warp_arrives(sm.empty[slot]);
+            start_dp(dp);
+            find(s, dp, block);
         }
-        step<LAST>(s, dp, last);
+        round_fragments<S::T, S::N>(a, dp);
+        start_dq(a, keys);
+        wgmma_wait<0>();
     }
 
     /* The group's dq, staged, to rows of the buffer. */
@@ -244,21 +233,21 @@ template <class S> struct HopperRowGradient {
 };
 
 template <class S>
-__global__ void __launch_bounds__(BACKWARD_THREADS, 1)
+__global__ void __launch_bounds__(S::THREADS, 1)
     hopper_backward_rows(const __grid_constant__ fad_attn_problem p, const __grid_constant__ fad_attn_problem gradient,
                          const __grid_constant__ RowSums sums, const __grid_constant__ CUtensorMap k_map,
                          const __grid_constant__ CUtensorMap v_map) {
     extern __shared__ __align__(1024) char hopper_memory[];
     HopperRowGradientShared<S> &sm = *(HopperRowGradientShared<S> *)hopper_memory;
     if (threadIdx.x < 32) {
-        if (locate_tile(p, TILE_ROWS, blockIdx.x, sm.t) && threadIdx.x == 0) {
+        if (locate_tile(p, S::TILE, blockIdx.x, sm.t) && threadIdx.x == 0) {
             set_key_range(p, sm.t, 0, MOST_SPLITS, sm.range);
             sm.gradient = fad_get_sequence(&gradient, sm.t.seq.index);
         }
     } else if (threadIdx.x == 32) {
         for (int i = 0; i < S::SLOTS; i++) {
             barrier_init(sm.full[i], 1);
-            barrier_init(sm.empty[i], CONSUMING_WARPS);
+            barrier_init(sm.empty[i], S::CONSUMING_WARPS);
         }
         fence_barrier_init();
     }
@@ -266,17 +255,17 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
     if (!sm.t.exists)
         return;
     if (threadIdx.x < GROUP_THREADS) {
-        give_registers<PRODUCER_REGISTERS>();
+        give_registers<S::PRODUCER_REGISTERS>();
         if (threadIdx.x < 32)
             produce_blocks<S>(p, k_map, v_map, sm);
     } else {
-        take_registers<CONSUMER_REGISTERS>();
+        take_registers<S::CONSUMER_REGISTERS>();
         HopperRowGradient<S>(p, gradient, sm).run(sums);
     }
 }
 
 template <class S> static HopperBackwardKernel hopper_backward_rows_of() {
-    return {S::D, TILE_ROWS, BACKWARD_THREADS, BLOCK_KEYS, sizeof(HopperRowGradientShared<S>), hopper_backward_rows<S>};
+    return {S::D, S::TILE, S::THREADS, BLOCK_KEYS, sizeof(HopperRowGradientShared<S>), hopper_backward_rows<S>};
 }
 
 #endif

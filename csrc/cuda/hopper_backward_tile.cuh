@@ -10,12 +10,16 @@
 #include "hopper_group.cuh"
 #include "mma_backward_tile.cuh"
 
-constexpr int CONSUMERS = 2, CONSUMER_THREADS = CONSUMERS * GROUP_THREADS, BACKWARD_THREADS = CONSUMER_THREADS + 128;
-constexpr int CONSUMING_WARPS = CONSUMERS * GROUP_WARPS, TILE_ROWS = CONSUMERS * GROUP_ROWS;
-/* The producer gives registers to the consumers, which hold sums, scores and gradients of scores. */
-constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
-static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= 3 * (65536 / BACKWARD_THREADS / 8 * 8),
-              "a warpgroup would wait for registers for ever");
+/* Who does what in a thread block. The producer gives registers to the consumers, which hold sums, scores and gradients
+ * of scores. */
+template <int CONSUMERS_> struct BackwardRoles {
+    static constexpr int CONSUMERS = CONSUMERS_, CONSUMER_THREADS = CONSUMERS * GROUP_THREADS;
+    static constexpr int THREADS = CONSUMER_THREADS + GROUP_THREADS, CONSUMING_WARPS = CONSUMERS * GROUP_WARPS;
+    static constexpr int TILE = CONSUMERS * GROUP_ROWS; /* keys or rows */
+    static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+    static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (CONSUMERS + 1) * (65536 / THREADS / 8 * 8),
+                  "a warpgroup would wait for registers for ever");
+};
 
 /* ROWS rows of D dims. */
 template <int ROWS, int D> struct Matrix {
@@ -56,39 +60,56 @@ static __device__ __forceinline__ void start_sum(Fragments<1, N> &sum, const uns
     wgmma_commit();
 }
 
-/* N13, plain: s becomes p. meanwhile(n): something else to do with n8 tile n, beside the exp2, which takes an instruction
- * every eight cycles. */
-template <int N, class Of, class Meanwhile>
-static __device__ __forceinline__ void find_probabilities(Fragments<1, N> &s, float c, const Of &of,
-                                                          Meanwhile meanwhile) {
+/* N13, plain: s becomes p. */
+template <int N, class Of>
+static __device__ __forceinline__ void find_probabilities(Fragments<1, N> &s, float c, const Of &of) {
 #pragma unroll
     for (int n = 0; n < N; n++) {
         const auto at = of.at(0, n);
 #pragma unroll
         for (int e = 0; e < 4; e++)
             s[0][n][e] = ex2(fad_f32_fma(s[0][n][e], c, -at.log2_sum(e)));
-        meanwhile(n);
     }
 }
-/* N13: half an a operand: n8 tile n, rounded. */
-template <fad_dtype T, int N>
-static __device__ __forceinline__ void round_tile(unsigned (&a)[N / 2][4], const Fragments<1, N> &x, int n) {
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-        a[n / 2][n % 2 * 2 + half] = pack2<T>(x[0][n][2 * half], x[0][n][2 * half + 1]);
-}
-/* N13: dp becomes ds; a: rounded. */
-template <fad_dtype T, int N, class Of>
-static __device__ __forceinline__ void find_gradients(const Fragments<1, N> &p, Fragments<1, N> &dp,
-                                                      unsigned (&a)[N / 2][4], const Of &of) {
+/* N13: dp becomes ds. */
+template <int N, class Of>
+static __device__ __forceinline__ void find_gradients(const Fragments<1, N> &p, Fragments<1, N> &dp, const Of &of) {
 #pragma unroll
     for (int n = 0; n < N; n++) {
         const auto at = of.at(0, n);
 #pragma unroll
         for (int e = 0; e < 4; e++)
             dp[0][n][e] = fad_f32_score_gradient(p[0][n][e], dp[0][n][e], at.delta(e));
-        round_tile<T, N>(a, dp, n);
     }
+}
+/* N13 where scores are not plain (N5): both, in memory as above. */
+template <int N, class Of>
+static __device__ __forceinline__ void find_with_options(Fragments<1, N> &s, Fragments<1, N> &dp, const ScoreRule &rule,
+                                                         const Of &of) {
+    Fragments<1, 1> s_apart[N], dp_apart[N];
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            s_apart[n][0][0][e] = s[0][n][e], dp_apart[n][0][0][e] = dp[0][n][e];
+#pragma unroll 1
+    for (int n = 0; n < N; n++) {
+        auto here = of;
+        here.move(n);
+        score_gradients_with_options<1, 1>(s_apart[n], dp_apart[n], rule, here);
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            s[0][n][e] = s_apart[n][0][0][e], dp[0][n][e] = dp_apart[n][0][0][e];
+}
+/* N13: rounded to the input type, as the a operands of all steps. */
+template <fad_dtype T, int N>
+static __device__ __forceinline__ void round_fragments(unsigned (&a)[N / 2][4], const Fragments<1, N> &x) {
+#pragma unroll
+    for (int step = 0; step < N / 2; step++)
+        round_fragment<T>(a[step], x[0], step);
 }
 
 /* N11: whether a matrix has Inf or NaN. Every consumer gets the same answer. */
@@ -103,30 +124,36 @@ template <fad_dtype T, int ROWS, int D> static __device__ bool has_not_finite(co
     return __any_sync(~0u, named_barrier_or(1 + group, GROUP_THREADS, full != 0));
 }
 
-/* N11: sum += A B by mma.sync where B has Inf or NaN in rows that are no terms for some row of A. */
-template <fad_dtype T, int STEPS, int N, int ROWS, int D, class Term>
-static __device__ __forceinline__ void add_guarded(Fragments<1, N> &sum, const unsigned (&a)[STEPS][4],
-                                                   const Matrix<ROWS, D> &b, Term term) {
-    unsigned apart[STEPS][4]; /* in memory, so that it goes round in little code */
+/* a operands in memory: what works on them goes round in little code, as registers cannot be indexed. */
+template <fad_dtype T, int STEPS> struct FragmentsApart {
+    unsigned a[STEPS][4];
+
+    __device__ __forceinline__ explicit FragmentsApart(const Fragments<1, 2 * STEPS> &x) {
 #pragma unroll
-    for (int step = 0; step < STEPS; step++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            apart[step][i] = a[step][i];
-#pragma unroll 1
-    for (int step = 0; step < STEPS; step++) {
-        const unsigned of_step[1][4] = {{apart[step][0], apart[step][1], apart[step][2], apart[step][3]}};
-#pragma unroll
-        for (int piece = 0; piece < b.PIECES; piece++)
-            add_step_guarded<T, 8, 1, 8>(*(Fragments<1, 8> *)&sum[0][piece * 8], of_step, b.piece[piece], 16 * step, 0,
-                                         term);
+        for (int step = 0; step < STEPS; step++)
+            round_fragment<T>(a[step], x[0], step);
     }
-}
-/* Then there are zeros in B's place, with which the usual way changes nothing. */
-template <int ROWS, int D> static __device__ __forceinline__ void zero_matrix(Matrix<ROWS, D> &x) {
+    /* N11: sum += A B by mma.sync where B has Inf or NaN in rows that are no terms for some row of A. */
+    template <int N, int ROWS, int D, class Term>
+    __device__ __forceinline__ void add_to(Fragments<1, N> &sum, const Matrix<ROWS, D> &b, Term term) const {
 #pragma unroll 1
-    for (int at = threadIdx.x - GROUP_THREADS; at < (int)sizeof x / 16; at += CONSUMER_THREADS)
+        for (int step = 0; step < STEPS; step++) {
+            const unsigned of_step[1][4] = {{a[step][0], a[step][1], a[step][2], a[step][3]}};
+#pragma unroll
+            for (int piece = 0; piece < b.PIECES; piece++)
+                add_step_guarded<T, 8, 1, 8>(*(Fragments<1, 8> *)&sum[0][piece * 8], of_step, b.piece[piece], 16 * step,
+                                             0, term);
+        }
+    }
+};
+/* Zeros in B's place, with which the usual way then changes nothing. By all consumers. */
+template <class Roles, int ROWS, int D> static __device__ __forceinline__ void zero_matrix(Matrix<ROWS, D> &x) {
+    named_barrier_sync(ALL_CONSUMERS, Roles::CONSUMER_THREADS); /* x may be overwritten */
+#pragma unroll 1
+    for (int at = threadIdx.x - GROUP_THREADS; at < (int)sizeof x / 16; at += Roles::CONSUMER_THREADS)
         ((uint4 *)&x)[at] = make_uint4(0, 0, 0, 0);
+    fence_async_proxy();
+    named_barrier_sync(ALL_CONSUMERS, Roles::CONSUMER_THREADS); /* the zeros may be read */
 }
 
 /* Rows first .. first + 15 of a group's gradients, staged; wanted(r) as for stage_gradients. */
@@ -138,9 +165,6 @@ static __device__ __forceinline__ void stage(Matrix<GROUP_ROWS, D> &to, int firs
         stage_gradients<T, 8, 1, 8>(to.piece[piece], first, 0, *(const Fragments<1, 8> *)&sum[0][piece * 8], factor,
                                     wanted);
 }
-
-/* What a step has to be ready for. PLAIN: the rule is, and every pair of it is a term; LAST: there is no next. */
-enum BackwardKind { PLAIN, ANY, LAST };
 
 /* One lane for the warp. */
 static __device__ __forceinline__ void warp_arrives(MemoryBarrier &barrier) {

@@ -128,6 +128,7 @@ template <class Stage> struct QueryColumns {
         __device__ __forceinline__ float slope(int) const { return s; }
         __device__ __forceinline__ int distance(int e) const { return away + e % 2 - e / 2 * 8; }
     };
+    __device__ __forceinline__ void move(int n) { first += 8 * n; } /* n8 tile n becomes the first */
     __device__ __forceinline__ At at(int m, int n) const {
         const int b = first + 8 * n;
         return {*(const float2 *)(stage.log2_sum + b), *(const float2 *)(stage.delta + b), apart + b - key - 16 * m,

@@ -47,6 +47,7 @@ template <class Shared> struct QueryRows {
         __device__ __forceinline__ float slope(int e) const { return sm.rows.slope[row + e / 2 * 8]; }
         __device__ __forceinline__ int distance(int e) const { return sm.rows.pos[row + e / 2 * 8] - key - e % 2; }
     };
+    __device__ __forceinline__ void move(int n) { key += 8 * n; } /* n8 tile n becomes the first */
     __device__ __forceinline__ At at(int m, int n) const { return {sm, row + 16 * m, key + 8 * n}; }
 };
 
