@@ -125,8 +125,7 @@ template <class S> struct HopperKeyGradient {
     const ScoreRule rule;
     const int group = uniform(threadIdx.x / GROUP_THREADS - 1), lane = threadIdx.x % 32;
     const int first_of_warp = uniform(threadIdx.x % GROUP_THREADS / 32 * 16); /* key of the group */
-    const uint64_t k = rows_of(sm.k[group]), v = rows_of(sm.v[group]), q_rows = rows_of(sm.q[0]),
-                   dout_rows = rows_of(sm.dout[0]), q_steps = steps_of(sm.q[0]), dout_steps = steps_of(sm.dout[0]);
+    const uint64_t k = rows_of(sm.k[group]), q = rows_of(sm.q[0]);
     QueryWalk<S> walk;
     int whole_row, whole_end; /* steps that begin at rows whole_row .. whole_end - 1 meet the keys in full */
     Ring ring;                /* the step's */
@@ -168,17 +167,24 @@ template <class S> struct HopperKeyGradient {
         barrier_wait(sm.full[ring.index], ring.round);
         together = sm.sums[ring.index].together;
     }
+    /* Matrices by their distance from others: fewer descriptors to keep. */
+    static constexpr int V_FROM_K = offsetof(HopperKeyGradientShared<S>, v) - offsetof(HopperKeyGradientShared<S>, k);
+    static constexpr int DOUT_FROM_Q =
+        offsetof(HopperKeyGradientShared<S>, dout) - offsetof(HopperKeyGradientShared<S>, q);
+    __device__ __forceinline__ uint64_t q_at(int slot) const { return matrix_at(q, slot * (int)sizeof sm.q[0]); }
+    __device__ __forceinline__ uint64_t dout_at(int slot) const { return matrix_at(q_at(slot), DOUT_FROM_Q); }
+
     __device__ __forceinline__ void start_scores(Fragments<1, S::N> &s) const {
-        start_product<S::T, S::D, S::N>(s, k, matrix_at(q_rows, ring.index * (int)sizeof sm.q[0]));
+        start_product<S::T, S::D, S::N>(s, k, q_at(ring.index));
     }
     __device__ __forceinline__ void start_dp(Fragments<1, S::N> &dp) const {
-        start_product<S::T, S::D, S::N>(dp, v, matrix_at(dout_rows, ring.index * (int)sizeof sm.dout[0]));
+        start_product<S::T, S::D, S::N>(dp, matrix_at(k, V_FROM_K), dout_at(ring.index));
     }
     __device__ __forceinline__ void start_dv(const unsigned (&a)[S::STEPS][4], int slot) {
-        start_sum<S::T, S::STEPS, S::DIMS>(dv, a, matrix_at(dout_steps, slot * (int)sizeof sm.dout[0]));
+        start_sum<S::T, S::STEPS, S::DIMS>(dv, a, steps_of<S::ROWS, S::D>(dout_at(slot)));
     }
     __device__ __forceinline__ void start_dk(const unsigned (&a)[S::STEPS][4], int slot) {
-        start_sum<S::T, S::STEPS, S::DIMS>(dk, a, matrix_at(q_steps, slot * (int)sizeof sm.q[0]));
+        start_sum<S::T, S::STEPS, S::DIMS>(dk, a, steps_of<S::ROWS, S::D>(q_at(slot)));
     }
 
     /* N11: Inf or NaN where some pair of the step is no term. */
@@ -191,13 +197,13 @@ template <class S> struct HopperKeyGradient {
         return has_not_finite<S::T>(sm.dout[ring.index], group) || in_q;
     }
 
-    __device__ __forceinline__ QueryColumns<StepSums<S::ROWS>> columns_at(int key, int distance) const {
-        return {sm.sums[ring.index], lane % 4 * 2, key, distance, 0};
+    __device__ __forceinline__ QueryColumns<StepSums<S::ROWS>> columns_at(int of_lane, int key, int distance) const {
+        return {sm.sums[ring.index], of_lane % 4 * 2, key, distance, 0};
     }
 
     /* A step whose every pair is a term: s becomes P and dp dS (N13), the first beside the second product. */
     __device__ __forceinline__ void find_plain(Fragments<1, S::N> &s, Fragments<1, S::N> &dp) const {
-        const auto columns = columns_at(0, 0);
+        const auto columns = columns_at(lane, 0, 0);
         wgmma_wait<1>();
         find_probabilities<S::N>(s, rule.c, columns);
         wgmma_wait<0>();
@@ -208,8 +214,9 @@ template <class S> struct HopperKeyGradient {
     __device__ __forceinline__ void find_any(Fragments<1, S::N> &s, Fragments<1, S::N> &dp) {
         const Band band(sm.t, {walk.head, walk.row});
         const int *const state = sm.sums[ring.index].state;
-        const int key = group * GROUP_ROWS + first_of_warp + lane / 4;
-        auto columns = columns_at(key, band.distance);
+        const int first = here_only(group * GROUP_ROWS + first_of_warp), of_lane = here_only(lane),
+                  key = first + of_lane / 4;
+        auto columns = columns_at(of_lane, key, band.distance);
         wgmma_wait<0>();
         if (rule.plain) {
             find_probabilities<S::N>(s, rule.c, columns);
@@ -227,21 +234,20 @@ template <class S> struct HopperKeyGradient {
             return band.meets(key + e / 2 * 8, r) && (state[r] & ROW_HAS_TERMS);
         });
         if (needs_guard())
-            add_guarded(s, dp, [&](int r, int row) {
-                return band.meets(group * GROUP_ROWS + first_of_warp + r, row) && (state[row] & ROW_HAS_TERMS);
-            });
+            add_guarded(s, dp,
+                        [&](int r, int row) { return band.meets(first + r, row) && (state[row] & ROW_HAS_TERMS); });
     }
 
     /* N11: adds the step by itself; what is left of it changes nothing. */
     template <class Term>
     __device__ __forceinline__ void add_guarded(Fragments<1, S::N> &s, Fragments<1, S::N> &dp, Term term) {
         const FragmentsApart<S::T, S::STEPS> a(s), b(dp);
-        clear<1, S::N>(s);
-        clear<1, S::N>(dp);
         a.add_to(dv, sm.dout[ring.index], term);
         zero_matrix<S>(sm.dout[ring.index]);
         b.add_to(dk, sm.q[ring.index], term);
         zero_matrix<S>(sm.q[ring.index]);
+        clear<1, S::N>(s);
+        clear<1, S::N>(dp);
     }
 
     /* From the products that are on their way to P and dS. */

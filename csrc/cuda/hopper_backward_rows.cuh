@@ -65,8 +65,7 @@ template <class S> struct HopperRowGradient {
     const ScoreRule rule;
     const int group = uniform(threadIdx.x / GROUP_THREADS - 1), lane = threadIdx.x % 32;
     const int first_of_warp = uniform(threadIdx.x % GROUP_THREADS / 32 * 16); /* row of the group */
-    const uint64_t q = rows_of(sm.q[group]), dout = rows_of(sm.dout[group]), ring_rows = rows_of(sm.ring[0]),
-                   ring_steps = steps_of(sm.ring[0]);
+    const uint64_t q = rows_of(sm.q[group]), dout = rows_of(sm.dout[group]), ring_rows = rows_of(sm.ring[0]);
     const int whole = uniform(sm.range.whole), n_whole = uniform(sm.range.n_whole), blocks = uniform(sm.range.blocks);
     Ring ring;        /* the next of K or V */
     int keys, values; /* where the block's are */
@@ -165,10 +164,10 @@ template <class S> struct HopperRowGradient {
         clear_others<1, S::N>(s, dp, [&](int, int n, int e) { return sees(row() + e / 2 * 8, key + 8 * n + e % 2); });
         if (has_not_finite<S::T>(sm.ring[keys], group)) {
             const FragmentsApart<S::T, S::STEPS> a(dp);
-            clear<1, S::N>(dp); /* what is left of the step then changes nothing */
             a.add_to(dq, sm.ring[keys],
                      [&](int r, int j) { return sees(group * GROUP_ROWS + first_of_warp + r, number + j); });
             zero_matrix<S>(sm.ring[keys]);
+            clear<1, S::N>(dp); /* what is left of the step changes nothing */
         }
     }
 
@@ -181,7 +180,8 @@ template <class S> struct HopperRowGradient {
         warp_arrives(sm.empty[values]);
     }
     __device__ __forceinline__ void start_dq(const unsigned (&a)[S::STEPS][4], int slot) {
-        start_sum<S::T, S::STEPS, S::DIMS>(dq, a, matrix_at(ring_steps, slot * (int)sizeof sm.ring[0]));
+        start_sum<S::T, S::STEPS, S::DIMS>(
+            dq, a, steps_of<BLOCK_KEYS, S::D>(matrix_at(ring_rows, slot * (int)sizeof sm.ring[0])));
     }
 
     __device__ __forceinline__ void run_blocks() {
