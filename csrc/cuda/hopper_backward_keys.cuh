@@ -18,13 +18,15 @@ struct HopperKeyGradientShape : BackwardRoles<CONSUMERS_> {
     static constexpr int SLOTS = SLOTS_;
 };
 
-/* Of the rows of a step together. OUTSIDE: some are not of the sequence, and what lies there is anything. */
-enum { EVERY_ROW_HAS_TERMS = 1, SOME_NOT_FINITE = 2, SOME_OUTSIDE = 4 };
+/* Of a step. SOME_OUTSIDE: not all rows are of the sequence, and what lies there is anything. */
+enum { EVERY_PAIR_IS_TERM = 1, SOME_NOT_FINITE = 2, SOME_OUTSIDE = 4 };
 
-/* Of each row of a step what sum_rows found; zeros, and so no terms, outside the sequence. */
+/* What a step is, and of each of its rows what sum_rows found; zeros, and so no terms, outside the sequence. */
 template <int ROWS> struct StepSums {
     alignas(16) float log2_sum[ROWS], delta[ROWS];
-    int state[ROWS], together;
+    int state[ROWS];
+    QueryStep step;
+    int kind;
 };
 
 template <class S> struct HopperKeyGradientShared {
@@ -35,20 +37,24 @@ template <class S> struct HopperKeyGradientShared {
     MemoryBarrier full[S::SLOTS], empty[S::SLOTS]; /* full: rows and their sums are there */
 };
 
-/* The steps of a tile: heads ascending, and for each its rows (N13). */
+/* The steps of a tile: heads ascending, and for each its rows (N13). By kind warps. */
+template <class S> static __device__ __forceinline__ int count_steps(const KeyTile &t) {
+    const int rows = t.end_row - t.row / S::ROWS * S::ROWS;
+    return uniform(t.row < t.end_row ? (t.end_head - t.head) * ((rows + S::ROWS - 1) / S::ROWS) : 0);
+}
 template <class S> struct QueryWalk {
     const int first, end; /* rows */
-    int head, row, left;  /* left: steps, this one included */
+    QueryStep step;
+    int left; /* steps, this one included */
 
     __device__ __forceinline__ explicit QueryWalk(const KeyTile &t)
-        : first(uniform(t.row / S::ROWS * S::ROWS)), end(uniform(t.end_row)), head(uniform(t.head)), row(first),
-          left(t.row < t.end_row ? uniform((t.end_head - t.head) * ((t.end_row - first + S::ROWS - 1) / S::ROWS)) : 0) {
-    }
+        : first(uniform(t.row / S::ROWS * S::ROWS)), end(uniform(t.end_row)), step{uniform(t.head), first},
+          left(count_steps<S>(t)) {}
     __device__ __forceinline__ void advance() {
         left--;
-        row += S::ROWS;
-        if (row >= end)
-            row = first, head++;
+        step.row += S::ROWS;
+        if (step.row >= end)
+            step = {step.head + 1, first};
     }
 };
 
@@ -70,10 +76,10 @@ static __device__ __forceinline__ void produce_rows(const fad_attn_problem &p, c
         barrier_arrive_expect(sm.full[i], sizeof sm.q[i] + sizeof sm.dout[i]);
 #pragma unroll
         for (int piece = 0; piece < sm.q[i].PIECES; piece++) {
-            copy_box(sm.q[i].piece[piece], q_map, sm.full[i], piece * 64, (int)first + walk.row, walk.head, entry,
-                     policy);
-            copy_box(sm.dout[i].piece[piece], dout_map, sm.full[i], piece * 64, (int)first + walk.row, walk.head, entry,
-                     policy);
+            copy_box(sm.q[i].piece[piece], q_map, sm.full[i], piece * 64, (int)first + walk.step.row, walk.step.head,
+                     entry, policy);
+            copy_box(sm.dout[i].piece[piece], dout_map, sm.full[i], piece * 64, (int)first + walk.step.row,
+                     walk.step.head, entry, policy);
         }
     }
 }
@@ -83,17 +89,23 @@ template <class S>
 static __device__ __forceinline__ void produce_sums(const fad_attn_problem &p, const RowSums &sums,
                                                     HopperKeyGradientShared<S> &sm, QueryWalk<S> walk) {
     constexpr int EACH = S::ROWS / 32;
-    const int lane = threadIdx.x % 32, n_q = (int)sm.t.seq.span.n_q;
+    const fad_span &span = sm.t.seq.span;
+    const int lane = threadIdx.x % 32, n_q = (int)span.n_q;
+    /* Steps that begin at rows whole_row .. whole_end - 1 meet every key. N2: key j stands where row j + shift does. */
+    const int64_t shift = span.n_q - span.n_k;
+    const int whole_row = (int)(span.right < 0 ? 0 : fad_clamp(sm.t.first + sm.t.hi - 1 + shift - span.right, 0, n_q));
+    const int whole_end =
+        (int)(span.left < 0 ? n_q : fad_clamp(sm.t.first + sm.t.lo + shift + span.left - (S::ROWS - 2), 0, n_q));
 #pragma unroll 1
     for (Ring ring; walk.left > 0; walk.advance(), ring.advance(S::SLOTS)) {
         StepSums<S::ROWS> &to = sm.sums[ring.index];
-        const int64_t first = sm.t.sums + walk.head * p.Sq + walk.row;
+        const int64_t first = sm.t.sums + walk.step.head * p.Sq + walk.step.row;
         float log2_sum[EACH], delta[EACH];
         int state[EACH], every = ~0, any = 0;
 #pragma unroll
         for (int i = 0; i < EACH; i++) { /* asked for before there is room: memory is late */
             const int r = lane + 32 * i;
-            const bool exists = walk.row + r < n_q;
+            const bool exists = walk.step.row + r < n_q;
             log2_sum[i] = exists ? sums.log2_sum[first + r] : 0;
             delta[i] = exists ? sums.delta[first + r] : 0;
             state[i] = exists ? sums.state[first + r] : 0;
@@ -108,9 +120,12 @@ static __device__ __forceinline__ void produce_sums(const fad_attn_problem &p, c
         }
         const bool terms = __all_sync(~0u, (every & ROW_HAS_TERMS) != 0),
                    not_finite = __any_sync(~0u, (any & ROW_NOT_FINITE) != 0);
-        if (lane == 0)
-            to.together = (terms ? EVERY_ROW_HAS_TERMS : 0) | (not_finite ? SOME_NOT_FINITE : 0) |
-                          (walk.row + S::ROWS > n_q ? SOME_OUTSIDE : 0);
+        if (lane == 0) {
+            const bool met = walk.step.row >= whole_row && walk.step.row < whole_end;
+            to.step = walk.step;
+            to.kind = (terms && met ? EVERY_PAIR_IS_TERM : 0) | (not_finite ? SOME_NOT_FINITE : 0) |
+                      (walk.step.row + S::ROWS > n_q ? SOME_OUTSIDE : 0);
+        }
         warp_arrives(sm.full[ring.index]);
     }
 }
@@ -126,23 +141,16 @@ template <class S> struct HopperKeyGradient {
     const int group = uniform(threadIdx.x / GROUP_THREADS - 1), lane = threadIdx.x % 32;
     const int first_of_warp = uniform(threadIdx.x % GROUP_THREADS / 32 * 16); /* key of the group */
     const uint64_t k = rows_of(sm.k[group]), q = rows_of(sm.q[0]);
-    QueryWalk<S> walk;
-    int whole_row, whole_end; /* steps that begin at rows whole_row .. whole_end - 1 meet the keys in full */
-    Ring ring;                /* the step's */
-    int together;             /* of its rows */
+    int left;  /* steps, the current one included */
+    Ring ring; /* the slot of that */
+    int kind;  /* of it */
     Fragments<1, S::DIMS> dk, dv;
 
     __device__ HopperKeyGradient(const fad_attn_problem &problem, const fad_attn_problem &of_gradient,
                                  HopperKeyGradientShared<S> &shared)
-        : p(problem), gradient(of_gradient), sm(shared), rule(problem), walk(shared.t) {
+        : p(problem), gradient(of_gradient), sm(shared), rule(problem), left(count_steps<S>(shared.t)) {
         clear<1, S::DIMS>(dk);
         clear<1, S::DIMS>(dv);
-        const KeyTile &t = sm.t;
-        const fad_span &span = t.seq.span;
-        const int64_t shift = span.n_q - span.n_k, n_q = span.n_q; /* N2: key j stands where row j + shift does */
-        whole_row = uniform((int)(span.right < 0 ? 0 : fad_clamp(t.first + t.hi - 1 + shift - span.right, 0, n_q)));
-        whole_end =
-            uniform((int)(span.left < 0 ? n_q : fad_clamp(t.first + t.lo + shift + span.left - (S::ROWS - 2), 0, n_q)));
     }
 
     /* N11: keys that do not exist are zeros; nothing is read there. */
@@ -158,14 +166,9 @@ template <class S> struct HopperKeyGradient {
                                                     (int)dims - piece * 64, threadIdx.x % GROUP_THREADS);
     }
 
-    __device__ __forceinline__ bool is_whole() const { return walk.row >= whole_row && walk.row < whole_end; }
-    __device__ __forceinline__ bool is_plain() const {
-        return rule.plain && is_whole() && (together & EVERY_ROW_HAS_TERMS);
-    }
-
     __device__ __forceinline__ void wait_for_rows() {
         barrier_wait(sm.full[ring.index], ring.round);
-        together = sm.sums[ring.index].together;
+        kind = sm.sums[ring.index].kind;
     }
     /* Matrices by their distance from others: fewer descriptors to keep. */
     static constexpr int V_FROM_K = offsetof(HopperKeyGradientShared<S>, v) - offsetof(HopperKeyGradientShared<S>, k);
@@ -189,9 +192,9 @@ template <class S> struct HopperKeyGradient {
 
     /* N11: Inf or NaN where some pair of the step is no term. */
     __device__ __forceinline__ bool needs_guard() const {
-        if (together & SOME_NOT_FINITE)
+        if (kind & SOME_NOT_FINITE)
             return true;
-        if (!(together & SOME_OUTSIDE))
+        if (!(kind & SOME_OUTSIDE))
             return false;
         const bool in_q = has_not_finite<S::T>(sm.q[ring.index], group); /* barriers: both are asked */
         return has_not_finite<S::T>(sm.dout[ring.index], group) || in_q;
@@ -212,8 +215,8 @@ template <class S> struct HopperKeyGradient {
 
     /* Any step: what is no term is 0 and reaches nothing. */
     __device__ __forceinline__ void find_any(Fragments<1, S::N> &s, Fragments<1, S::N> &dp) {
-        const Band band(sm.t, {walk.head, walk.row});
-        const int *const state = sm.sums[ring.index].state;
+        const StepSums<S::ROWS> &of_rows = sm.sums[ring.index];
+        const Band band(sm.t, of_rows.step);
         const int first = here_only(group * GROUP_ROWS + first_of_warp), of_lane = here_only(lane),
                   key = first + of_lane / 4;
         auto columns = columns_at(of_lane, key, band.distance);
@@ -224,18 +227,19 @@ template <class S> struct HopperKeyGradient {
         } else {
             if (rule.alibi)
                 columns.negative_slope =
-                    -((const float *)p.alibi_slopes)[sm.t.seq.index * p.alibi_stride_b + walk.head];
+                    -((const float *)p.alibi_slopes)[sm.t.seq.index * p.alibi_stride_b + of_rows.step.head];
             find_with_options<S::N>(s, dp, rule, columns);
         }
-        if (is_whole() && (together & EVERY_ROW_HAS_TERMS))
+        if (kind & EVERY_PAIR_IS_TERM)
             return;
         clear_others<1, S::N>(s, dp, [&](int, int n, int e) {
             const int r = columns.first + 8 * n + e % 2;
-            return band.meets(key + e / 2 * 8, r) && (state[r] & ROW_HAS_TERMS);
+            return band.meets(key + e / 2 * 8, r) && (of_rows.state[r] & ROW_HAS_TERMS);
         });
         if (needs_guard())
-            add_guarded(s, dp,
-                        [&](int r, int row) { return band.meets(first + r, row) && (state[row] & ROW_HAS_TERMS); });
+            add_guarded(s, dp, [&](int r, int row) {
+                return band.meets(first + r, row) && (of_rows.state[row] & ROW_HAS_TERMS);
+            });
     }
 
     /* N11: adds the step by itself; what is left of it changes nothing. */
@@ -252,8 +256,8 @@ template <class S> struct HopperKeyGradient {
 
     /* From the products that are on their way to P and dS. */
     __device__ __forceinline__ void find(Fragments<1, S::N> &s, Fragments<1, S::N> &dp) {
-        together = uniform(together);
-        if (is_plain())
+        kind = uniform(kind);
+        if (rule.plain && (kind & EVERY_PAIR_IS_TERM))
             find_plain(s, dp);
         else
             find_any(s, dp);
@@ -268,13 +272,12 @@ template <class S> struct HopperKeyGradient {
         start_dp(dp);
         find(s, dp);
 #pragma unroll 1
-        while (walk.left > 1) {
+        while (--left > 0) {
             const int slot = ring.index;
             round_fragments<S::T, S::N>(a, s);
             start_dv(a, slot);
             round_fragments<S::T, S::N>(b, dp);
             start_dk(b, slot);
-            walk.advance();
             ring.advance(S::SLOTS);
             wait_for_rows();
             start_scores(s);
@@ -306,7 +309,7 @@ template <class S> struct HopperKeyGradient {
 
     __device__ __forceinline__ void run() {
         const KeyTile &t = sm.t;
-        if (walk.left > 0) {
+        if (left > 0) {
             load_keys(sm.k[group], p.k, t.seq.k, p.D);
             load_keys(sm.v[group], p.v, t.seq.v, p.Dv);
             cp_async_commit();
@@ -346,7 +349,7 @@ __global__ void __launch_bounds__(S::THREADS, 1)
         return;
     if (threadIdx.x < GROUP_THREADS) {
         give_registers<S::PRODUCER_REGISTERS>();
-        const QueryWalk<S> walk(sm.t); /* by whole warps */
+        const QueryWalk<S> walk(sm.t); /* by kind warps */
         if (threadIdx.x == 0)
             produce_rows<S>(p, q_map, dout_map, sm, walk);
         else if (threadIdx.x / 32 == 1)
