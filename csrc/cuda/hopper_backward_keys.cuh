@@ -37,7 +37,7 @@ template <class S> struct HopperKeyGradientShared {
     MemoryBarrier full[S::SLOTS], empty[S::SLOTS]; /* full: rows and their sums are there */
 };
 
-/* The steps of a tile: heads ascending, and for each its rows (N13). By kind warps. */
+/* The steps of a tile: heads ascending, and for each its rows (N13). By whole warps. */
 template <class S> static __device__ __forceinline__ int count_steps(const KeyTile &t) {
     const int rows = t.end_row - t.row / S::ROWS * S::ROWS;
     return uniform(t.row < t.end_row ? (t.end_head - t.head) * ((rows + S::ROWS - 1) / S::ROWS) : 0);
@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(S::THREADS, 1)
         return;
     if (threadIdx.x < GROUP_THREADS) {
         give_registers<S::PRODUCER_REGISTERS>();
-        const QueryWalk<S> walk(sm.t); /* by kind warps */
+        const QueryWalk<S> walk(sm.t); /* by whole warps */
         if (threadIdx.x == 0)
             produce_rows<S>(p, q_map, dout_map, sm, walk);
         else if (threadIdx.x / 32 == 1)
