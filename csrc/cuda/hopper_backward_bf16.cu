@@ -3,7 +3,7 @@
 
 HopperBackwardKernels hopper_backward_keys_bf16() {
     static const HopperBackwardKernel kernels[] = {
-        hopper_backward_keys_of<HopperKeyGradientShape<FAD_BFLOAT16, 64, 2, 64, 6>>(),
+        hopper_backward_keys_of<HopperKeyGradientShape<FAD_BFLOAT16, 64, 3, 64, 6>>(),
         hopper_backward_keys_of<HopperKeyGradientShape<FAD_BFLOAT16, 128, 2, 64, 4>>(),
     };
     return list_kernels(kernels);

@@ -16,6 +16,8 @@ struct HopperKeyGradientShape : BackwardRoles<CONSUMERS_> {
     static constexpr int D = D_, DIMS = D / 8; /* of all four tensors, zero-padded; n8 tiles of sums */
     static constexpr int ROWS = ROWS_, N = ROWS / 8, STEPS = ROWS / 16; /* query rows at a time; n8 tiles of scores */
     static constexpr int SLOTS = SLOTS_;
+    /* P and dS as operands have registers of their own where there are enough. */
+    static constexpr int OPERANDS = D == 128 ? 2 : 1;
 };
 
 /* Of a step. SOME_OUTSIDE: not all rows are of the sequence, and what lies there is anything. */
@@ -263,10 +265,21 @@ template <class S> struct HopperKeyGradient {
             find_any(s, dp);
     }
 
-    /* The last operands of the sums are in use until those are complete: not written again before. */
+    /* Starts the sums of a step. The operands are in use until those are complete: not written again before. */
+    typedef unsigned Operands[S::OPERANDS][S::STEPS][4];
+    __device__ __forceinline__ void start_sums(Operands &of, const Fragments<1, S::N> &s, const Fragments<1, S::N> &dp,
+                                               int slot) {
+        round_fragments<S::T, S::N>(of[0], s);
+        start_dv(of[0], slot);
+        if (S::OPERANDS == 1)
+            wgmma_wait<0>();
+        round_fragments<S::T, S::N>(of[S::OPERANDS - 1], dp);
+        start_dk(of[S::OPERANDS - 1], slot);
+    }
+
     __device__ __forceinline__ void run_steps() {
         Fragments<1, S::N> s, dp;
-        unsigned a[S::STEPS][4], b[S::STEPS][4];
+        Operands of;
         wait_for_rows();
         start_scores(s);
         start_dp(dp);
@@ -274,10 +287,7 @@ template <class S> struct HopperKeyGradient {
 #pragma unroll 1
         while (--left > 0) {
             const int slot = ring.index;
-            round_fragments<S::T, S::N>(a, s);
-            start_dv(a, slot);
-            round_fragments<S::T, S::N>(b, dp);
-            start_dk(b, slot);
+            start_sums(of, s, dp, slot);
             ring.advance(S::SLOTS);
             wait_for_rows();
             start_scores(s);
@@ -286,10 +296,7 @@ template <class S> struct HopperKeyGradient {
             start_dp(dp);
             find(s, dp);
         }
-        round_fragments<S::T, S::N>(a, s);
-        start_dv(a, ring.index);
-        round_fragments<S::T, S::N>(b, dp);
-        start_dk(b, ring.index);
+        start_sums(of, s, dp, ring.index);
         wgmma_wait<0>();
     }
 
