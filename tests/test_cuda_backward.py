@@ -5,16 +5,17 @@ of a CUDA op. What the backward is, test_backward.py says; here the CPU is the r
 import dataclasses
 import functools
 import math
+import warnings
 
 import pytest
 import torch
 from cases import CASES, integers, normal
-from cuda_tools import busy, int32, moved, needs_gpu, poisoned
+from cuda_tools import busy, int32, moved, needs_gpu, needs_hopper, poisoned
 from gradients import NAMES, differing, gradients, upstream
 from torch.utils.checkpoint import checkpoint
 
 import flash_attn_det as fad
-from flash_attn_det import ops
+from flash_attn_det import _schedule, ops
 from flash_attn_det.attention import _arguments
 from flash_attn_det.testing import assert_bits_equal, bits_differ
 
@@ -193,6 +194,100 @@ def test_n13_thousand_packed_sequences(family):
     inputs = [x[0] for x in tensors(B=1, Sq=int(cu[0][-1]) + 5, Sk=int(cu[1][-1]) + 7, Hq=2, Hk=1, dtype=family.dtype)]
     got = on_the_gpu(family, *inputs, function=packed(*moved(cu)), causal=True)
     assert_same(got, on_the_cpu(family, *inputs, function=packed(*cu), causal=True))
+
+
+# ---- kernels of the mma family ---------------------------------------------------------------------------------------
+
+MMA = FAMILIES["mma"]
+every_kernel = pytest.mark.parametrize("kernel", ["generic", "hopper"])  # the second is the first where it cannot run
+every_mma_dtype = pytest.mark.parametrize("dtype", MMA.dtypes.values(), ids=MMA.dtypes)
+
+
+def by_kernel(kernel, *inputs, **keywords):
+    """Gradients on the GPU by a forced kernel. Threads of autograd's own would not know of it."""
+    with _schedule.forced(kernel=kernel), torch.autograd.set_multithreading_enabled(False):
+        return on_the_gpu(MMA, *inputs, **keywords)
+
+
+def names_of_kernels(kernel, *inputs):
+    by_kernel(kernel, *inputs)
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the profiler warns of what it lacks on a machine
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            by_kernel(kernel, *inputs)
+            torch.cuda.synchronize()
+        events = profile.events()
+    names = {event.name for event in events if "_backward_" in event.name}
+    if not names:
+        pytest.skip("needs a profiler that sees kernels (CUPTI)")
+    return names
+
+
+@needs_hopper
+@pytest.mark.parametrize("D", [40, 64, 128])
+def test_forced_kernels_are_not_the_same(D):
+    """Else what follows would compare one kernel with itself."""
+    inputs = tensors(Sq=200, Sk=300, D=D, Dv=D, dtype=MMA.dtype)
+    generic, hopper = (names_of_kernels(kernel, *inputs) for kernel in ("generic", "hopper"))
+    assert len(generic) == len(hopper) == 2
+    assert not generic & hopper
+
+
+@every_kernel
+@pytest.mark.parametrize("case", [case for case in CASES if case.dtype in MMA.dtypes], ids=lambda case: case.name)
+def test_n13_bits_of_every_kernel(kernel, case):
+    inputs, keywords, want = expected(MMA, case)
+    with poisoned():
+        assert_same(by_kernel(kernel, *inputs, **keywords), want)
+
+
+WALKS = {
+    "all": {},
+    "causal": {"causal": True},
+    "window": {"window": (200, 100)},
+    "softcap": {"causal": True, "softcap": 5.0},
+    "alibi": {"causal": True, "alibi_slopes": normal((4,), 5) / 8},
+    "lengths": {"causal": True, "seqused_q": int32(300, 450), "seqused_k": int32(600, 333)},
+    "left padding": {"seqused_k": int32(333, 400), "leftpad_k": int32(70, 150), "sinks": normal((4,), 6)},
+}
+
+
+@functools.cache
+def long_walk(options, D, dtype):
+    """Inputs with Inf and NaN in some places, and the CPU's gradients."""
+    inputs = tensors(Sq=500, Sk=600, D=D, Dv=D, dtype=dtype)
+    for i, x in enumerate(inputs):
+        x[0, 211 + 90 * i, 0, 3], x[1, 77 + 90 * i, 1, D - 1] = math.inf, math.nan
+    return inputs, on_the_cpu(MMA, *inputs, **WALKS[options])
+
+
+@every_kernel
+@every_mma_dtype
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("options", WALKS)
+def test_n11_n13_every_kernel_on_long_walks(kernel, dtype, D, options):
+    """More blocks than the pipelines hold, plain ones and others, and values that are not finite among both."""
+    inputs, want = long_walk(options, D, dtype)
+    with poisoned():
+        assert_same(by_kernel(kernel, *inputs, **WALKS[options]), want)
+
+
+@every_kernel
+@every_mma_dtype
+@pytest.mark.parametrize("D", [64, 128])
+def test_n11_n14_every_kernel_beside_neighbours_of_any_values(kernel, dtype, D):
+    """Tiles and blocks that hold rows of two sequences, of which one is NaN and Inf throughout."""
+    cu = int32(0, 90, 190, 333), int32(0, 100, 170, 370)
+    q, k, v, dout = (x[0] for x in tensors(B=1, Sq=333, Sk=370, D=D, Dv=D, dtype=dtype))
+    clean = by_kernel(kernel, q, k, v, dout, function=packed(*moved(cu)), causal=True)
+    q[90:190], dout[90:190], k[100:170], v[100:170] = math.nan, math.inf, -math.inf, math.nan
+    got = by_kernel(kernel, q, k, v, dout, function=packed(*moved(cu)), causal=True)
+    for a, b, at in zip(got, clean, (cu[0], cu[1], cu[1]), strict=True):
+        for part in (slice(0, at[1]), slice(at[2], at[3])):
+            assert_bits_equal(a[part], b[part])
+            assert b[part].isfinite().all()
+        assert bits_differ(a, b) > 0
 
 
 # ---- what must not be seen -------------------------------------------------------------------------------------------

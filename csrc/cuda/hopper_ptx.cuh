@@ -131,7 +131,7 @@ static __device__ __forceinline__ void wgmma_scores(float (&s)[16][4], const uns
         FAD_WGMMA("f16");
 #undef FAD_WGMMA
 }
-/* The same with a from shared memory. */
+/* The same with a from shared memory; and for 64 keys. */
 template <fad_dtype T>
 static __device__ __forceinline__ void wgmma_scores(float (&s)[16][4], uint64_t a, uint64_t b, int accumulate) {
 #define FAD_WGMMA(type)                                                                                                \
@@ -139,6 +139,21 @@ static __device__ __forceinline__ void wgmma_scores(float (&s)[16][4], uint64_t 
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " FAD_REGISTERS_64                     \
                  ", %64, %65, p, 1, 1, 0, 0;\n}"                                                                       \
                  : FAD_TILES_16(s, 0)                                                                                  \
+                 : "l"(a), "l"(b), "r"(accumulate))
+    if constexpr (T == FAD_BFLOAT16)
+        FAD_WGMMA("bf16");
+    else
+        FAD_WGMMA("f16");
+#undef FAD_WGMMA
+}
+
+template <fad_dtype T>
+static __device__ __forceinline__ void wgmma_scores(float (&s)[8][4], uint64_t a, uint64_t b, int accumulate) {
+#define FAD_WGMMA(type)                                                                                                \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " FAD_REGISTERS_32                      \
+                 ", %32, %33, p, 1, 1, 0, 0;\n}"                                                                       \
+                 : FAD_TILES_8(s, 0)                                                                                   \
                  : "l"(a), "l"(b), "r"(accumulate))
     if constexpr (T == FAD_BFLOAT16)
         FAD_WGMMA("bf16");

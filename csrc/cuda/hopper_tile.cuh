@@ -9,12 +9,10 @@
 #define FAD_CUDA_HOPPER_TILE_CUH
 
 #include "hopper_copy.cuh"
-#include "hopper_ptx.cuh"
+#include "hopper_group.cuh"
 #include "mma_output.cuh"
 #include "mma_values.cuh"
 #include "work.cuh"
-
-constexpr int GROUP_THREADS = 128, GROUP_WARPS = 4, GROUP_ROWS = 64; /* of a warpgroup */
 
 template <fad_dtype T_, int D_, int CONSUMERS_, int SLOTS_, int PRODUCER_REGISTERS_, int CONSUMER_REGISTERS_>
 struct HopperShape {
@@ -44,9 +42,8 @@ struct HopperItem {
     bool exists; /* false: there is no further one */
 };
 
-constexpr int ITEMS = 2;         /* the one in work, and the next */
-constexpr int QUERY_WARPS = 2;   /* of the producer */
-constexpr int ALL_CONSUMERS = 8; /* a named barrier; 1 + group is a consumer's own */
+constexpr int ITEMS = 2;       /* the one in work, and the next */
+constexpr int QUERY_WARPS = 2; /* of the producer */
 
 template <class S> struct HopperShared {
     alignas(1024) char ring[S::SLOTS][S::SLOT]; /* parts of K and V, in the order in which they are used */
@@ -176,10 +173,6 @@ static __device__ __forceinline__ void produce_queries(const fad_attn_problem &p
 }
 
 /* ---- consumers ---- */
-
-/* What is the same in all lanes of a warp, told to the compiler: it keeps it, and what is computed from it, in the
- * registers of the warp. */
-static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
 /* The 64 rows of a warpgroup; a warp has 16 of them. */
 template <class S> struct HopperConsumer {

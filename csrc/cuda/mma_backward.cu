@@ -1,5 +1,6 @@
 /* The scheduler of the mma family's backward: sums of rows, then dk and dv by tiles of keys, then dq by tiles of rows. Each
  * gradient has one owner, so that nothing is added in the order in which thread blocks happen to end. Free to change. */
+#include "hopper_backward_kernel.cuh"
 #include "mma_backward_sums.cuh"
 #include "mma_check.cuh"
 
@@ -10,8 +11,8 @@ struct Choice {
 };
 
 struct Plan {
-    Choice keys, rows;
-    size_t shared_bytes; /* of the device */
+    Choice keys, rows; /* generic kernels */
+    Device device;
 };
 
 /* The best kernel that the device's shared memory holds; a forced tile_rows chooses among those of the same dims. */
@@ -28,13 +29,12 @@ static Choice choose_kernel(const fad_attn_problem *p, const BackwardKernels &ta
 }
 
 static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
-    Device device;
     const bool bf16 = p->dtype == FAD_BFLOAT16;
     TRY(check_lengths(p));
-    TRY(get_device(&device));
-    plan->shared_bytes = (size_t)device.shared_bytes;
-    plan->keys = choose_kernel(p, bf16 ? mma_backward_keys_bf16() : mma_backward_keys_fp16(), plan->shared_bytes);
-    plan->rows = choose_kernel(p, bf16 ? mma_backward_rows_bf16() : mma_backward_rows_fp16(), plan->shared_bytes);
+    TRY(get_device(&plan->device));
+    const size_t shared_bytes = (size_t)plan->device.shared_bytes;
+    plan->keys = choose_kernel(p, bf16 ? mma_backward_keys_bf16() : mma_backward_keys_fp16(), shared_bytes);
+    plan->rows = choose_kernel(p, bf16 ? mma_backward_rows_bf16() : mma_backward_rows_fp16(), shared_bytes);
     if (!plan->keys.kernel || !plan->rows.kernel)
         return fad_core->fail(FAD_UNSUPPORTED,
                               "the backward of head dims %lld and %lld needs more shared memory than this device has",
@@ -78,8 +78,21 @@ static int64_t key_tile_bound(const fad_attn_problem *p, int keys) {
     return p->Hk * (p->Sk / keys + fad_sequence_count(p));
 }
 
+/* Whether the Hopper kernels serve this call, and how. */
+static bool use_hopper(const fad_attn_problem *p, const fad_attn_gradients *g, const Plan &plan,
+                       HopperBackwardPlan *hopper) {
+#ifdef FAD_HOPPER
+    return plan.device.compute == 90 && fad_core->forced_schedule()->kernel != 1 &&
+           plan_hopper_backward(p, g->dout, hopper);
+#else
+    (void)p, (void)g, (void)plan, (void)hopper;
+    return false;
+#endif
+}
+
 fad_status mma_backward(const fad_attn_problem *p, const fad_attn_gradients *g, const fad_runtime *runtime) {
     Plan plan;
+    HopperBackwardPlan hopper;
     RowSums sums;
     fad_attn_problem gradient = *p;
     TRY(check_tensors(p, g));
@@ -89,12 +102,22 @@ fad_status mma_backward(const fad_attn_problem *p, const fad_attn_gradients *g, 
     auto run = [&](const Choice &choice, int64_t tiles) {
         const BackwardKernel &kernel = *choice.kernel;
         return launch(kernel.run, tiles, kernel.threads, kernel.shared_bytes[choice.stages - 1], runtime->stream,
-                      {plan.shared_bytes, false}, *p, gradient, sums, choice.stages);
+                      {(size_t)plan.device.shared_bytes, false}, *p, gradient, sums, choice.stages);
     };
     TRY(launch(p->dtype == FAD_BFLOAT16 ? sum_rows<FAD_BFLOAT16> : sum_rows<FAD_FLOAT16>, tile_bound(*p, SUM_ROWS),
                SUM_THREADS, 0, runtime->stream, {}, *p, gradient, sums));
-    TRY(run(plan.keys, key_tile_bound(p, plan.keys.kernel->tile)));
-    TRY(run(plan.rows, tile_bound(*p, plan.rows.kernel->tile)));
+    if (use_hopper(p, g, plan, &hopper)) {
+        auto run_hopper = [&](const HopperBackwardKernel &kernel, int64_t tiles, const CUtensorMap &a,
+                              const CUtensorMap &b) {
+            return launch(kernel.run, tiles, kernel.threads, kernel.shared_bytes, runtime->stream,
+                          {(size_t)plan.device.shared_bytes, false}, *p, gradient, sums, a, b);
+        };
+        TRY(run_hopper(*hopper.keys, key_tile_bound(p, hopper.keys->tile), hopper.q, hopper.dout));
+        TRY(run_hopper(*hopper.rows, tile_bound(*p, hopper.rows->tile), hopper.k, hopper.v));
+    } else {
+        TRY(run(plan.keys, key_tile_bound(p, plan.keys.kernel->tile)));
+        TRY(run(plan.rows, tile_bound(*p, plan.rows.kernel->tile)));
+    }
     return g->d_sinks ? launch(sum_sinks, p->Hq, SUM_THREADS, 0, runtime->stream, {}, *p, sums, (float *)g->d_sinks)
                       : FAD_OK;
 }

@@ -114,8 +114,8 @@ struct Band {
 };
 
 /* What score_gradients needs of query rows that are columns: `first` is this lane's in column 0, `key` its row 0. */
-template <class S> struct QueryColumns {
-    const QueryStage<S> &stage;
+template <class Stage> struct QueryColumns {
+    const Stage &stage;
     int first, key, apart;
     float negative_slope;
 
@@ -128,6 +128,7 @@ template <class S> struct QueryColumns {
         __device__ __forceinline__ float slope(int) const { return s; }
         __device__ __forceinline__ int distance(int e) const { return away + e % 2 - e / 2 * 8; }
     };
+    __device__ __forceinline__ void move(int n) { first += 8 * n; } /* n8 tile n becomes the first */
     __device__ __forceinline__ At at(int m, int n) const {
         const int b = first + 8 * n;
         return {*(const float2 *)(stage.log2_sum + b), *(const float2 *)(stage.delta + b), apart + b - key - 16 * m,
@@ -158,7 +159,7 @@ template <class S> struct KeyGradientWarp {
         auto find_dp = [&](auto meanwhile) {
             multiply_rows<S::T, S::CHUNKS, S::M, S::N>(ds, sm.v, first, stage.dout, row, meanwhile);
         };
-        QueryColumns<S> columns = {stage, column, key, band.distance, 0};
+        QueryColumns<QueryStage<S>> columns = {stage, column, key, band.distance, 0};
         if (rule.plain) {
             find_s();
             score_gradients<S::CHUNKS / 2, S::M, S::N>(s, ds, rule.c, find_dp, columns);

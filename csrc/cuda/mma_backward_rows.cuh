@@ -35,18 +35,19 @@ template <class S> struct RowGradientShared {
 };
 
 /* What score_gradients needs of query rows that are rows: `row` is this lane's first in the tile, `key` its column 0. */
-template <class S> struct QueryRows {
-    const RowGradientShared<S> &sm;
+template <class Shared> struct QueryRows {
+    const Shared &sm;
     int row, key;
 
     struct At {
-        const RowGradientShared<S> &sm;
+        const Shared &sm;
         int row, key;
         __device__ __forceinline__ float log2_sum(int e) const { return sm.log2_sum[row + e / 2 * 8]; }
         __device__ __forceinline__ float delta(int e) const { return sm.delta[row + e / 2 * 8]; }
         __device__ __forceinline__ float slope(int e) const { return sm.rows.slope[row + e / 2 * 8]; }
         __device__ __forceinline__ int distance(int e) const { return sm.rows.pos[row + e / 2 * 8] - key - e % 2; }
     };
+    __device__ __forceinline__ void move(int n) { key += 8 * n; } /* n8 tile n becomes the first */
     __device__ __forceinline__ At at(int m, int n) const { return {sm, row + 16 * m, key + 8 * n}; }
 };
 
@@ -70,7 +71,7 @@ template <class S> struct RowGradientWarp {
         auto find_dp = [&](auto meanwhile) {
             multiply_rows<S::T, S::CHUNKS, S::M, S::N>(ds, sm.dout, first, stage.v, 0, meanwhile);
         };
-        const QueryRows<S> rows = {sm, row, key};
+        const QueryRows<RowGradientShared<S>> rows = {sm, row, key};
         if (rule.plain) {
             find_s();
             score_gradients<S::CHUNKS / 2, S::M, S::N>(s, ds, rule.c, find_dp, rows);

@@ -147,8 +147,8 @@ static __device__ __forceinline__ void score_gradients(Fragments<M, N> &s, Fragm
         }
 }
 
-/* The same of dp that has been found, where scores are not plain (N5). Options are rare and their code is long: it does two scores at a time, and all
- * of them go round, as registers cannot be indexed. */
+/* The same of dp that has been found, where scores are not plain (N5). Options are rare and their code is long: it does
+ * two scores at a time, and all of them go round, as registers cannot be indexed. */
 template <int M, int N, class Of>
 static __device__ __forceinline__ void score_gradients_with_options(Fragments<M, N> &s, Fragments<M, N> &dp,
                                                                     const ScoreRule &rule, const Of &of) {
