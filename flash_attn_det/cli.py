@@ -108,7 +108,10 @@ def _positive(text: str) -> int:
 
 
 def _count(text: str) -> int:
-    return _positive(str(int(float(text))))
+    try:
+        return _positive(str(int(float(text))))
+    except OverflowError:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of rows") from None
 
 
 def main(argv: list[str] | None = None) -> int:

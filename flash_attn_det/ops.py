@@ -135,6 +135,8 @@ def _fwd_backward(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         dlse = lse.new_empty(0) if dlse is None else dlse
         if on_tensor_cores(out, ctx.numbers[-1]):  # hooks of saved tensors may have moved them
+            if torch.compiler.is_compiling():
+                dout = dout.clone()  # the only one that may start anywhere: its offset is not seen there
             dout, out, *tensors[:3] = map(for_tensor_cores, (dout, out, *tensors[:3]))
         results = call(bwd, *tensors, dout, out, lse, dlse, *ctx.numbers)
         for i, gradient in zip((0, 1, 2, N_TENSORS - 1), results, strict=True):

@@ -368,6 +368,7 @@ __global__ void __launch_bounds__(S::THREADS, 1)
 }
 
 template <class S> static HopperBackwardKernel hopper_backward_keys_of() {
+    static_assert(sizeof(HopperKeyGradientShared<S>) <= 227 * 1024, "more shared memory than a thread block can have");
     return {S::D, S::TILE, S::THREADS, S::ROWS, sizeof(HopperKeyGradientShared<S>), hopper_backward_keys<S>};
 }
 

@@ -265,6 +265,7 @@ __global__ void __launch_bounds__(S::THREADS, 1)
 }
 
 template <class S> static HopperBackwardKernel hopper_backward_rows_of() {
+    static_assert(sizeof(HopperRowGradientShared<S>) <= 227 * 1024, "more shared memory than a thread block can have");
     return {S::D, S::TILE, S::THREADS, BLOCK_KEYS, sizeof(HopperRowGradientShared<S>), hopper_backward_rows<S>};
 }
 

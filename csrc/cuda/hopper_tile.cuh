@@ -478,6 +478,7 @@ template <class S> struct HopperConsumer {
         char *staged;
         if constexpr (S::REST_IN_SHARED) {
             staged = (char *)sm.rest[first / 16];
+            __syncwarp(); /* what rested there has been read */
         } else {
             staged = sm.q[0][0] + first * S::D * 2;
             named_barrier_sync(1 + group, GROUP_THREADS); /* the group's q may be overwritten, a quarter by each warp */

@@ -77,9 +77,9 @@
  *                 may be skipped or executed.
  *                 Both: dp_ij is the dot product (N7) of dO_i and v_j. ds_ij = p_ij * (dp_ij - delta_i), with softcap
  *                 ds_ij * fma(-t, t, 1), t the tanh of N5. From the sums sum * scale (dv: sum), + 0, one rounding to the
- *                 dtype, NaN as in N9. dz of a head sums fma(-p_i, delta_i) over i in blocks for each sequence, and these
- *                 over sequences ascending, + 0: p_i is the sink's probability, e * w_i in the fma family and
- *                 exp2(fma(z, log2(e), -L_i)), with the exp2 of elementary.inc, in mma.                     (gradient.inc)
+ *                 dtype, NaN as in N9. dz of a head sums fma(-p_i, delta_i) over i, where lse_i is not -inf, in blocks
+ *                 for each sequence, and these over sequences ascending, + 0: p_i is the sink's probability, e * w_i in
+ *                 the fma family and exp2(fma(z, log2(e), -L_i)), with the exp2 of elementary.inc, in mma.  (gradient.inc)
  * N14 Gradient.   dq of a row depends on that row of q, out, lse, dO and dlse, and on what N1 lets it see, as N1 says of
  *                 out. dk and dv depend on all rows of their own sequence, and nothing of another; dz alone spans the
  *                 call. So rows that are passed in two calls get the same dq, but dk and dv of the rows of each call,

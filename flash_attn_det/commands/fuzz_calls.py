@@ -21,13 +21,14 @@ LARGEST_EXPONENT = 118  # of a product of q and k: sums of many stay below fp32'
 
 @dataclass(frozen=True)
 class Call:
-    """q, k, v and a gradient of out on the CPU; keywords of ``attn``, or of ``attn_varlen`` where ``packed`` is set."""
+    """q, k, v and gradients of out and lse on the CPU; keywords of ``attn``, or of ``attn_varlen`` if it is packed."""
 
     label: str
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     dout: torch.Tensor
+    dlse: torch.Tensor  # of one dimension and empty: none
     options: dict[str, object] = field(default_factory=dict)
     packed: tuple[torch.Tensor, torch.Tensor] | None = None  # cu_seqlens_q, cu_seqlens_k
 
@@ -44,7 +45,7 @@ class Call:
 
         options = {name: moved(value) for name, value in self.options.items()}
         packed = None if self.packed is None else (moved(self.packed[0]), moved(self.packed[1]))
-        return Call(self.label, *map(moved, (self.q, self.k, self.v, self.dout)), options, packed)
+        return Call(self.label, *map(moved, (self.q, self.k, self.v, self.dout, self.dlse)), options, packed)
 
 
 def int32(values: list[int]) -> torch.Tensor:
@@ -89,6 +90,17 @@ class _Draw:
             x = torch.where(torch.rand(shape, generator=self.generator) < 0.9, x * 0.0, x)  # zeros of both signs
         largest = torch.finfo(dtype).max
         return (x * 2.0**exponent).clamp(-largest, largest).to(dtype), f"{law} 2^{exponent}"
+
+
+def _poison(draw: _Draw, tensors: list[torch.Tensor]) -> str:
+    """Inf and NaN in a few places, one call in eight: what does not see them must not notice."""
+    if not draw.chance(1 / 8):
+        return ""
+    for _ in range(draw.random.randint(1, 4)):
+        x = draw.random.choice(tensors).view(-1)
+        if x.numel():
+            x[draw.random.randrange(x.numel())] = draw.random.choice((math.inf, -math.inf, math.nan))
+    return "; Inf or NaN"
 
 
 def _exponents(draw: _Draw, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -171,7 +183,10 @@ def draw_call(seed: int, number: int, cost: int) -> Call:
     drawn = [draw.numbers(shape, dtype, e) for shape, e in zip(shapes, exponents, strict=True)]
     (q, k, v, dout), laws = zip(*drawn, strict=True)
     options["scale"] = _scale(draw, q, k)
-    numbers = ", ".join(f"{name} {law}" for name, law in zip("qkv", laws))
+    lse_shape = (Hk * group, B * Sq) if packed else (B, Hk * group, Sq)
+    dlse = draw.normal(*lse_shape) if draw.chance(0.5) else torch.empty(0)
+    poison = _poison(draw, [q, k, v, dout])
+    numbers = ", ".join(f"{name} {law}" for name, law in zip("qkv", laws)) + poison
     given = ", ".join(sorted(name for name, value in options.items() if value is not None and value is not False))
     label = f"{'packed ' if packed else ''}q {list(q.shape)}, k {list(k.shape)}, Dv {Dv}, {dtype}; {numbers}; {given}"
-    return Call(label, q, k, v, dout, options, packed)
+    return Call(label, q, k, v, dout, dlse, options, packed)
