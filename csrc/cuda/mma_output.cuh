@@ -58,11 +58,13 @@ static __device__ __forceinline__ float near_quotient(float o, float l, float in
     const float q = fad_f32_mul(o, inverse);
     return fad_f32_fma(fad_f32_fma(-q, l, o), inverse, q);
 }
-/* Whether that holds for some values of a row: of each one's magnitude, or of their results that overflow is seen in. */
+/* Whether that holds for some values of a row: nothing is so small that it could become subnormal, and no result has
+ * overflowed. l of a row is at most about 2^34, a key's p being at most the square root of 2: the quotient of a value from
+ * LOW on is then normal, and so is what remains in near_quotient. The bound on l below is there for Inf and NaN. */
 struct QuotientRange {
     static constexpr unsigned LOW = (127u - 80) << 24; /* 2^-80 */
     unsigned smallest = ~0u; /* twice a value's bits, its magnitude, less 1: 0 is exact, and counts as large */
-    unsigned sum = 0;        /* of the rounded results, two by two: not finite if one of them is not */
+    unsigned sum = 0; /* of the rounded results, two by two: not finite if one of them is not, or if it overflows */
     __device__ __forceinline__ void add_value(float x) {
         const unsigned bits = fad_f32_bits(x);
         smallest = min(smallest, bits + bits - 1);
