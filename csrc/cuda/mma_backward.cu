@@ -70,13 +70,6 @@ fad_status mma_backward_workspace(const fad_attn_problem *p, int32_t, size_t *by
     return FAD_OK;
 }
 
-/* Registers of short rows are better spent on more rows. */
-template <fad_dtype T> static auto choose_sums(bool short_rows) { return short_rows ? sum_rows<T, 1> : sum_rows<T, 2>; }
-static auto choose_sums(const fad_attn_problem *p) {
-    const bool short_rows = max(p->D, p->Dv) <= 8 * ROW_LANES;
-    return p->dtype == FAD_BFLOAT16 ? choose_sums<FAD_BFLOAT16>(short_rows) : choose_sums<FAD_FLOAT16>(short_rows);
-}
-
 /* Tiles of keys that a grid must hold: exact for dense calls, an upper bound for packed ones (each sequence, and the rows
  * behind the last, round up once). */
 static int64_t key_tile_bound(const fad_attn_problem *p, int keys) {
@@ -111,7 +104,8 @@ fad_status mma_backward(const fad_attn_problem *p, const fad_attn_gradients *g, 
         return launch(kernel.run, tiles, kernel.threads, kernel.shared_bytes[choice.stages - 1], runtime->stream,
                       {(size_t)plan.device.shared_bytes, false}, *p, gradient, sums, choice.stages);
     };
-    TRY(launch(choose_sums(p), tile_bound(*p, SUM_ROWS), SUM_THREADS, 0, runtime->stream, {}, *p, gradient, sums));
+    TRY(launch(p->dtype == FAD_BFLOAT16 ? sum_rows<FAD_BFLOAT16> : sum_rows<FAD_FLOAT16>, tile_bound(*p, SUM_ROWS),
+               SUM_THREADS, 0, runtime->stream, {}, *p, gradient, sums));
     if (use_hopper(p, g, plan, &hopper)) {
         auto run_hopper = [&](const HopperBackwardKernel &kernel, int64_t tiles, const CUtensorMap &a,
                               const CUtensorMap &b) {

@@ -26,9 +26,8 @@ static __device__ __forceinline__ uint4 load_chunk(const uint4 *row, int chunk, 
     return chunk * 8 < dims ? row[chunk] : make_uint4(0, 0, 0, 0);
 }
 
-/* SUM_ROWS packed rows of the forward's kind; lane t of a row's eight owns chunks t, t + 8, ... and asks for AT_ONCE of each
- * tensor together. */
-template <fad_dtype T, int AT_ONCE>
+/* SUM_ROWS packed rows of the forward's kind; lane t of a row's eight owns chunks t, t + 8, ... */
+template <fad_dtype T>
 static __global__ void __launch_bounds__(SUM_THREADS)
     sum_rows(const __grid_constant__ fad_attn_problem p, const __grid_constant__ fad_attn_problem gradient,
              const __grid_constant__ RowSums sums) {
@@ -51,17 +50,17 @@ static __global__ void __launch_bounds__(SUM_THREADS)
             of_lse = ((const float *)dlse.data)[of_gradient.lse + row.i * dlse.stride_s + row.h * dlse.stride_h];
         const uint4 *const dout = row_chunks(gradient.out, of_gradient.out, row),
                            *const out = row_chunks(p.out, t.seq.out, row), *const q = row_chunks(p.q, t.seq.q, row);
-        for (int first = lane; first * 8 < max(p.D, p.Dv); first += AT_ONCE * ROW_LANES) {
-            uint4 a[AT_ONCE], b[AT_ONCE], c[AT_ONCE];
+        for (int first = lane; first * 8 < max(p.D, p.Dv); first += 2 * ROW_LANES) {
+            uint4 a[2], b[2], c[2]; /* two chunks of all rows on their way together */
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {
+            for (int i = 0; i < 2; i++) {
                 const int chunk = first + i * ROW_LANES;
                 a[i] = load_chunk(dout, chunk, p.Dv);
                 b[i] = load_chunk(out, chunk, p.Dv);
                 c[i] = load_chunk(q, chunk, p.D);
             }
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {
+            for (int i = 0; i < 2; i++) {
                 if ((first + i * ROW_LANES) * 8 < p.Dv) { /* adding nothing could change the sign of a zero */
                     sum = add_products<T>(add_products<T>(sum, a[i].x, b[i].x), a[i].y, b[i].y);
                     sum = add_products<T>(add_products<T>(sum, a[i].z, b[i].z), a[i].w, b[i].w);
