@@ -133,7 +133,8 @@ template <class S> struct HopperRowGradient {
 
     /* By its distance from q, of which the compiler must not know that it is the same in every step. */
     __device__ __forceinline__ uint64_t dout() const {
-        return matrix_at(q, here_only(offsetof(HopperRowGradientShared<S>, dout) - offsetof(HopperRowGradientShared<S>, q)));
+        return matrix_at(
+            q, here_only(offsetof(HopperRowGradientShared<S>, dout) - offsetof(HopperRowGradientShared<S>, q)));
     }
 
     /* K and V of the step, once they have arrived; in use until released. */
