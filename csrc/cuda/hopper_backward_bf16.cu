@@ -5,14 +5,16 @@ HopperBackwardKernels hopper_backward_keys_bf16() {
     static const HopperBackwardKernel kernels[] = {
         hopper_backward_keys_of<HopperKeyGradientShape<FAD_BFLOAT16, 64, 3, 64, 6>>(),
         hopper_backward_keys_of<HopperKeyGradientShape<FAD_BFLOAT16, 128, 2, 64, 4>>(),
+        hopper_backward_keys_of<HopperKeyGradientShape<FAD_BFLOAT16, 256, 2, 64, 2>>(),
     };
     return list_kernels(kernels);
 }
 
 HopperBackwardKernels hopper_backward_rows_bf16() {
     static const HopperBackwardKernel kernels[] = {
-        hopper_backward_rows_of<HopperRowGradientShape<FAD_BFLOAT16, 64, 8>>(),
-        hopper_backward_rows_of<HopperRowGradientShape<FAD_BFLOAT16, 128, 4>>(),
+        hopper_backward_rows_of<HopperRowGradientShape<FAD_BFLOAT16, 64, 128, 4, 4>>(),
+        hopper_backward_rows_of<HopperRowGradientShape<FAD_BFLOAT16, 128, 128, 2, 2>>(),
+        hopper_backward_rows_of<HopperRowGradientShape<FAD_BFLOAT16, 256, 64, 2, 1>>(),
     };
     return list_kernels(kernels);
 }

@@ -1,58 +1,73 @@
 /* dq of the mma family for compute capability 9.0: copy engine and wgmma, the bits of mma_backward_rows.cuh.
  *
  * A thread block takes a tile of 128 packed query rows, 64 for each consuming warpgroup, which holds their dq in
- * registers. The producer keeps K and V of the blocks of keys coming that some row sees. */
+ * registers. The producer keeps K and V of the keys coming that some row sees, KEYS at a time. */
 #ifndef FAD_CUDA_HOPPER_BACKWARD_ROWS_CUH
 #define FAD_CUDA_HOPPER_BACKWARD_ROWS_CUH
 
 #include "hopper_backward_tile.cuh"
 #include "mma_backward_rows.cuh"
 
-template <fad_dtype T_, int D_, int SLOTS_> struct HopperRowGradientShape : BackwardRoles<2> {
+template <fad_dtype T_, int D_, int KEYS_, int K_SLOTS_, int V_SLOTS_>
+struct HopperRowGradientShape : BackwardRoles<2> {
     static constexpr fad_dtype T = T_;
+    static constexpr int TILE = 2 * GROUP_ROWS;
     static constexpr int D = D_, DIMS = D / 8; /* of all four tensors, zero-padded; n8 tiles of sums */
-    static constexpr int N = BLOCK_KEYS / 8, STEPS = BLOCK_KEYS / 16; /* n8 tiles of scores */
-    static constexpr int SLOTS = SLOTS_;
+    static constexpr int KEYS = KEYS_, N = KEYS / 8, STEPS = KEYS / 16; /* keys at a time; n8 tiles of scores */
+    static constexpr int K_SLOTS = K_SLOTS_, V_SLOTS = V_SLOTS_;        /* k is in use for longer */
+    static_assert(BLOCK_KEYS % KEYS == 0, "a block of keys is whole or partial as one");
 };
 
 template <class S> struct HopperRowGradientShared {
-    Matrix<BLOCK_KEYS, S::D> ring[S::SLOTS];                      /* K and V of a block, and those of the next */
+    Matrix<S::KEYS, S::D> k[S::K_SLOTS], v[S::V_SLOTS];
     Matrix<GROUP_ROWS, S::D> q[S::CONSUMERS], dout[S::CONSUMERS]; /* q: and dq, staged */
     RowTable<S::TILE> rows;
-    float log2_sum[S::TILE], delta[S::TILE];
-    int state[S::TILE];
     Tile t;
     fad_sequence gradient; /* where the tile's sequence lies in gradients */
     KeyRange range;
-    MemoryBarrier full[S::SLOTS], empty[S::SLOTS];
+    MemoryBarrier k_full[S::K_SLOTS], k_empty[S::K_SLOTS], v_full[S::V_SLOTS], v_empty[S::V_SLOTS];
 };
 
-/* What the plain steps need of a lane's two rows. */
+/* What the steps need of a lane's two rows; e may be a number that the compiler does not know. */
 struct RowRegisters {
     float l[2], d[2];
-    __device__ __forceinline__ float log2_sum(int e) const { return l[e / 2]; }
-    __device__ __forceinline__ float delta(int e) const { return d[e / 2]; }
+    __device__ __forceinline__ float log2_sum(int e) const { return e < 2 ? l[0] : l[1]; }
+    __device__ __forceinline__ float delta(int e) const { return e < 2 ? d[0] : d[1]; }
     __device__ __forceinline__ const RowRegisters &at(int, int) const { return *this; }
 };
+/* And where scores are not plain: `row` is its first in the tile, `key` its column 0. */
+template <int ROWS> struct RowsWithOptions {
+    const RowRegisters mine;
+    const RowTable<ROWS> &rows;
+    int row, key;
+
+    __device__ __forceinline__ void move(int n) { key += 8 * n; } /* n8 tile n becomes the first */
+    __device__ __forceinline__ const RowsWithOptions &at(int, int) const { return *this; }
+    __device__ __forceinline__ float log2_sum(int e) const { return mine.log2_sum(e); }
+    __device__ __forceinline__ float delta(int e) const { return mine.delta(e); }
+    __device__ __forceinline__ float slope(int e) const { return rows.slope[row + e / 2 * 8]; }
+    __device__ __forceinline__ int distance(int e) const { return rows.pos[row + e / 2 * 8] - key - e % 2; }
+};
+
+/* The steps of a tile, KEYS keys each. By whole warps. */
+template <class S> static __device__ __forceinline__ int count_steps(const KeyRange &range) {
+    return uniform(range.blocks > 0 ? (range.hi + S::KEYS - 1) / S::KEYS : 0);
+}
 
 /* The producer, one warp. */
 template <class S>
 static __device__ __forceinline__ void produce_blocks(const fad_attn_problem &p, const CUtensorMap &k_map,
                                                       const CUtensorMap &v_map, HopperRowGradientShared<S> &sm) {
     /* Other tiles of the head read the same. */
-    const KeyCopier<BLOCK_KEYS, Matrix<BLOCK_KEYS, S::D>::PIECES> copier(p, sm.t, sm.range, keep_as_usual());
+    const KeyCopier<S::KEYS, Matrix<S::KEYS, S::D>::PIECES> copier(p, sm.t, sm.range, keep_as_usual());
+    const int steps = count_steps<S>(sm.range);
     copier.run(k_map, v_map, [&](auto copy_k, auto copy_v) {
-        Ring ring;
-        auto next = [&](auto &copy, int block) {
-            const int i = ring.index;
-            copy(block * BLOCK_KEYS, 0, sm.ring[i].piece[0], sm.empty[i], ring.round ^ 1, sm.full[i]);
-            ring.advance(S::SLOTS);
-        };
-        const int blocks = sm.range.blocks;
+        Ring k, v;
 #pragma unroll 1
-        for (int block = 0; block < blocks; block++) {
-            next(copy_k, block);
-            next(copy_v, block);
+        for (int step = 0; step < steps; step++, k.advance(S::K_SLOTS), v.advance(S::V_SLOTS)) {
+            const int key = step * S::KEYS;
+            copy_k(key, 0, sm.k[k.index].piece[0], sm.k_empty[k.index], k.round ^ 1, sm.k_full[k.index]);
+            copy_v(key, 0, sm.v[v.index].piece[0], sm.v_empty[v.index], v.round ^ 1, sm.v_full[v.index]);
         }
     });
 }
@@ -65,10 +80,10 @@ template <class S> struct HopperRowGradient {
     const ScoreRule rule;
     const int group = uniform(threadIdx.x / GROUP_THREADS - 1), lane = threadIdx.x % 32;
     const int first_of_warp = uniform(threadIdx.x % GROUP_THREADS / 32 * 16); /* row of the group */
-    const uint64_t q = rows_of(sm.q[group]), dout = rows_of(sm.dout[group]), ring_rows = rows_of(sm.ring[0]);
-    const int whole = uniform(sm.range.whole), n_whole = uniform(sm.range.n_whole), blocks = uniform(sm.range.blocks);
-    Ring ring;        /* the next of K or V */
-    int keys, values; /* where the block's are */
+    const uint64_t q = rows_of(sm.q[group]), k = rows_of(sm.k[0]), v = rows_of(sm.v[0]);
+    const int whole = uniform(sm.range.whole), n_whole = uniform(sm.range.n_whole);
+    const int steps = count_steps<S>(sm.range);
+    Ring keys, values; /* where the step's are */
     RowRegisters mine;
     Fragments<1, S::DIMS> dq;
 
@@ -92,55 +107,52 @@ template <class S> struct HopperRowGradient {
         }
     }
 
+    /* Where row r of the group is in RowSums; negative: it is not active, and is taken for zeros, without terms. */
+    __device__ __forceinline__ int64_t sum_of(int r) const {
+        const int in_tile = group * GROUP_ROWS + r;
+        const Row row = row_of(sm.t, in_tile);
+        return in_tile < sm.t.n_active ? first_row_sum(p, sm.t.seq.index, row.h) + row.i : -1;
+    }
+
     /* Everything about the tile's rows. */
     __device__ __forceinline__ void load(const RowSums &sums) {
-        const Tile &t = sm.t;
-        load_rows_of_group(sm.q[group], p.q, t.seq.q, p.D);
+        load_rows_of_group(sm.q[group], p.q, sm.t.seq.q, p.D);
         load_rows_of_group(sm.dout[group], gradient.out, sm.gradient.out, p.Dv);
         cp_async_commit();
-        const int thread = threadIdx.x - GROUP_THREADS;
-        sm.rows.fill(p, t, sm.range, thread, S::CONSUMER_THREADS);
-#pragma unroll 1
-        for (int r = thread; r < S::TILE; r += S::CONSUMER_THREADS) {
-            const bool active = r < t.n_active;
-            const Row row = row_of(t, r);
-            const int64_t at = active ? first_row_sum(p, t.seq.index, row.h) + row.i : 0;
-            sm.log2_sum[r] = active ? sums.log2_sum[at] : 0;
-            sm.delta[r] = active ? sums.delta[at] : 0;
-            sm.state[r] = active ? sums.state[at] : 0;
+        sm.rows.fill(p, sm.t, sm.range, threadIdx.x - GROUP_THREADS, S::CONSUMER_THREADS);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int64_t at = sum_of(first_of_warp + lane / 4 + half * 8);
+            mine.l[half] = at >= 0 ? sums.log2_sum[at] : 0;
+            mine.d[half] = at >= 0 ? sums.delta[at] : 0;
         }
         cp_async_wait<0>();
         fence_async_proxy();
         named_barrier_sync(ALL_CONSUMERS, S::CONSUMER_THREADS); /* rows and what is known of them may be read */
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            mine.l[half] = sm.log2_sum[row() + half * 8];
-            mine.d[half] = sm.delta[row() + half * 8];
-        }
     }
 
-    /* The slot of the next K or V, which has arrived; in use until released. */
-    __device__ __forceinline__ int next_slot() {
-        const int slot = ring.index;
-        barrier_wait(sm.full[slot], ring.round);
-        ring.advance(S::SLOTS);
-        return slot;
+    /* By its distance from q, of which the compiler must not know that it is the same in every step. */
+    __device__ __forceinline__ uint64_t dout() const {
+        return matrix_at(
+            q, here_only(offsetof(HopperRowGradientShared<S>, dout) - offsetof(HopperRowGradientShared<S>, q)));
     }
+
+    /* K and V of the step, once they have arrived; in use until released. */
     __device__ __forceinline__ void start_scores(Fragments<1, S::N> &s) {
-        keys = next_slot();
-        start_product<S::T, S::D, S::N>(s, q, matrix_at(ring_rows, keys * (int)sizeof sm.ring[0]));
+        barrier_wait(sm.k_full[keys.index], keys.round);
+        start_product<S::T, S::D, S::N>(s, q, matrix_at(k, keys.index * (int)sizeof sm.k[0]));
     }
     __device__ __forceinline__ void start_dp(Fragments<1, S::N> &dp) {
-        values = next_slot();
-        start_product<S::T, S::D, S::N>(dp, dout, matrix_at(ring_rows, values * (int)sizeof sm.ring[0]));
+        barrier_wait(sm.v_full[values.index], values.round);
+        start_product<S::T, S::D, S::N>(dp, dout(), matrix_at(v, here_only(values.index) * (int)sizeof sm.v[0]));
     }
 
-    __device__ __forceinline__ bool is_partial(int block) const {
-        return (unsigned)(block - whole) >= (unsigned)n_whole;
+    __device__ __forceinline__ bool is_partial(int step) const {
+        return (unsigned)(step * S::KEYS / BLOCK_KEYS - whole) >= (unsigned)n_whole;
     }
     __device__ __forceinline__ bool sees(int r, int key) const { return key >= sm.rows.lo[r] && key < sm.rows.hi[r]; }
 
-    /* A block whose every pair is a term: dp becomes dS (N13), P beside the second product. */
+    /* A step whose every pair is a term: dp becomes dS (N13), P beside the second product. */
     __device__ __forceinline__ void find_plain(Fragments<1, S::N> &s, Fragments<1, S::N> &dp) const {
         wgmma_wait<1>();
         find_probabilities<S::N>(s, rule.c, mine);
@@ -148,61 +160,62 @@ template <class S> struct HopperRowGradient {
         find_gradients<S::N>(s, dp, mine);
     }
 
-    /* Any block: what is no term is 0 and reaches nothing. */
-    __device__ __forceinline__ void find_any(Fragments<1, S::N> &s, Fragments<1, S::N> &dp, int block) {
-        const int number = block * BLOCK_KEYS, key = number + lane % 4 * 2;
+    /* Any step: what is no term is 0 and reaches nothing. */
+    __device__ __forceinline__ void find_any(Fragments<1, S::N> &s, Fragments<1, S::N> &dp, int step) {
+        const int number = step * S::KEYS, key = number + lane % 4 * 2;
         wgmma_wait<0>();
         if (rule.plain) {
             find_probabilities<S::N>(s, rule.c, mine);
             find_gradients<S::N>(s, dp, mine);
         } else {
-            const QueryRows<HopperRowGradientShared<S>> rows = {sm, row(), key};
+            const RowsWithOptions<S::TILE> rows = {mine, sm.rows, row(), key};
             find_with_options<S::N>(s, dp, rule, rows);
         }
-        if (!is_partial(block))
+        if (!is_partial(step))
             return;
         clear_others<1, S::N>(s, dp, [&](int, int n, int e) { return sees(row() + e / 2 * 8, key + 8 * n + e % 2); });
-        if (has_not_finite<S::T>(sm.ring[keys], group)) {
+        if (has_not_finite<S::T>(sm.k[keys.index], group)) {
             const FragmentsApart<S::T, S::STEPS> a(dp);
-            a.add_to(dq, sm.ring[keys],
+            a.add_to(dq, sm.k[keys.index],
                      [&](int r, int j) { return sees(group * GROUP_ROWS + first_of_warp + r, number + j); });
-            zero_matrix<S>(sm.ring[keys]);
+            zero_matrix<S>(sm.k[keys.index]);
             clear<1, S::N>(dp); /* what is left of the step changes nothing */
         }
     }
 
     /* From the products that are on their way to dS, in dp. */
-    __device__ __forceinline__ void find(Fragments<1, S::N> &s, Fragments<1, S::N> &dp, int block) {
-        if (rule.plain && !is_partial(block))
+    __device__ __forceinline__ void find(Fragments<1, S::N> &s, Fragments<1, S::N> &dp, int step) {
+        if (rule.plain && !is_partial(step))
             find_plain(s, dp);
         else
-            find_any(s, dp, block);
-        warp_arrives(sm.empty[values]);
+            find_any(s, dp, step);
+        warp_arrives(sm.v_empty[values.index]);
+        values.advance(S::V_SLOTS);
     }
     __device__ __forceinline__ void start_dq(const unsigned (&a)[S::STEPS][4], int slot) {
-        start_sum<S::T, S::STEPS, S::DIMS>(
-            dq, a, steps_of<BLOCK_KEYS, S::D>(matrix_at(ring_rows, slot * (int)sizeof sm.ring[0])));
+        start_sum<S::T, S::STEPS, S::DIMS>(dq, a, steps_of<S::KEYS, S::D>(matrix_at(k, slot * (int)sizeof sm.k[0])));
     }
 
-    __device__ __forceinline__ void run_blocks() {
+    __device__ __forceinline__ void run_steps() {
         Fragments<1, S::N> s, dp;
         unsigned a[S::STEPS][4]; /* in use until the sum is complete: not written again before */
         start_scores(s);
         start_dp(dp);
         find(s, dp, 0);
 #pragma unroll 1
-        for (int block = 1; block < blocks; block++) {
-            const int slot = keys;
+        for (int step = 1; step < steps; step++) {
+            const int slot = keys.index;
             round_fragments<S::T, S::N>(a, dp);
             start_dq(a, slot);
+            keys.advance(S::K_SLOTS);
             start_scores(s);
             wgmma_wait<1>();
-            warp_arrives(sm.empty[slot]);
+            warp_arrives(sm.k_empty[slot]);
             start_dp(dp);
-            find(s, dp, block);
+            find(s, dp, step);
         }
         round_fragments<S::T, S::N>(a, dp);
-        start_dq(a, keys);
+        start_dq(a, keys.index);
         wgmma_wait<0>();
     }
 
@@ -222,11 +235,13 @@ template <class S> struct HopperRowGradient {
 
     __device__ __forceinline__ void run(const RowSums &sums) {
         load(sums);
-        if (blocks > 0)
-            run_blocks();
+        if (steps > 0)
+            run_steps();
         named_barrier_sync(1 + group, GROUP_THREADS); /* the group's q may be overwritten */
-        stage<S::T, S::DIMS>(sm.q[group], first_of_warp, dq, (float)p.scale,
-                             [&](int r) { return (sm.state[group * GROUP_ROWS + r] & ROW_HAS_TERMS) != 0; });
+        stage<S::T, S::DIMS>(sm.q[group], first_of_warp, dq, (float)p.scale, [&](int r) {
+            const int64_t at = sum_of(r);
+            return at >= 0 && (sums.state[at] & ROW_HAS_TERMS);
+        });
         named_barrier_sync(1 + group, GROUP_THREADS); /* dq is staged */
         store();
     }
@@ -245,9 +260,13 @@ __global__ void __launch_bounds__(S::THREADS, 1)
             sm.gradient = fad_get_sequence(&gradient, sm.t.seq.index);
         }
     } else if (threadIdx.x == 32) {
-        for (int i = 0; i < S::SLOTS; i++) {
-            barrier_init(sm.full[i], 1);
-            barrier_init(sm.empty[i], S::CONSUMING_WARPS);
+        for (int i = 0; i < S::K_SLOTS; i++) {
+            barrier_init(sm.k_full[i], 1);
+            barrier_init(sm.k_empty[i], S::CONSUMING_WARPS);
+        }
+        for (int i = 0; i < S::V_SLOTS; i++) {
+            barrier_init(sm.v_full[i], 1);
+            barrier_init(sm.v_empty[i], S::CONSUMING_WARPS);
         }
         fence_barrier_init();
     }
@@ -266,7 +285,7 @@ __global__ void __launch_bounds__(S::THREADS, 1)
 
 template <class S> static HopperBackwardKernel hopper_backward_rows_of() {
     static_assert(sizeof(HopperRowGradientShared<S>) <= 227 * 1024, "more shared memory than a thread block can have");
-    return {S::D, S::TILE, S::THREADS, BLOCK_KEYS, sizeof(HopperRowGradientShared<S>), hopper_backward_rows<S>};
+    return {S::D, S::TILE, S::THREADS, S::KEYS, sizeof(HopperRowGradientShared<S>), hopper_backward_rows<S>};
 }
 
 #endif

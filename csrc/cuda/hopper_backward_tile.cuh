@@ -15,7 +15,6 @@
 template <int CONSUMERS_> struct BackwardRoles {
     static constexpr int CONSUMERS = CONSUMERS_, CONSUMER_THREADS = CONSUMERS * GROUP_THREADS;
     static constexpr int THREADS = CONSUMER_THREADS + GROUP_THREADS, CONSUMING_WARPS = CONSUMERS * GROUP_WARPS;
-    static constexpr int TILE = CONSUMERS * GROUP_ROWS; /* keys or rows */
     static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
     static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (CONSUMERS + 1) * (65536 / THREADS / 8 * 8),
                   "a warpgroup would wait for registers for ever");
@@ -57,13 +56,17 @@ static __device__ __forceinline__ void start_product(Fragments<1, N> &x, uint64_
     wgmma_commit();
 }
 
-/* N13: starts sum += A B, in steps of 16 rows of b. */
+/* N13: starts sum += A B, in steps of 16 rows of b, 128 dims or fewer at a time. */
 template <fad_dtype T, int STEPS, int N>
 static __device__ __forceinline__ void start_sum(Fragments<1, N> &sum, const unsigned (&a)[STEPS][4], uint64_t b) {
+    constexpr int PART = N < 16 ? N : 16, PIECE = STEPS * 16 * 128;
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < STEPS; step++)
-        wgmma_values<T>(sum[0], a[step], matrix_at(b, step * 16 * 128));
+#pragma unroll
+        for (int first = 0; first < N; first += PART)
+            wgmma_values<T>(*(float (*)[PART][4]) & sum[0][first], a[step],
+                            matrix_at(b, first / 8 * PIECE + step * 16 * 128));
     wgmma_commit();
 }
 

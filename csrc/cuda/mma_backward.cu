@@ -78,12 +78,11 @@ static int64_t key_tile_bound(const fad_attn_problem *p, int keys) {
     return p->Hk * (p->Sk / keys + fad_sequence_count(p));
 }
 
-/* Whether the Hopper kernels serve this call, and how. Only where they are forced: their bits are right in an emulation of
- * threads, copies and matrix instructions on a CPU, but no GPU has run them yet. */
+/* Whether the Hopper kernels serve this call, and how. */
 static bool use_hopper(const fad_attn_problem *p, const fad_attn_gradients *g, const Plan &plan,
                        HopperBackwardPlan *hopper) {
 #ifdef FAD_HOPPER
-    return plan.device.compute == 90 && fad_core->forced_schedule()->kernel == 2 &&
+    return plan.device.compute == 90 && fad_core->forced_schedule()->kernel != 1 &&
            plan_hopper_backward(p, g->dout, hopper);
 #else
     (void)p, (void)g, (void)plan, (void)hopper;

@@ -21,6 +21,11 @@ static __device__ __forceinline__ const uint4 *row_chunks(const fad_view &view, 
     return (const uint4 *)((const uint16_t *)view.data + first + row.i * view.stride_s + row.h * view.stride_h);
 }
 
+/* Zeros where the row has no such chunk. */
+static __device__ __forceinline__ uint4 load_chunk(const uint4 *row, int chunk, int64_t dims) {
+    return chunk * 8 < dims ? row[chunk] : make_uint4(0, 0, 0, 0);
+}
+
 /* SUM_ROWS packed rows of the forward's kind; lane t of a row's eight owns chunks t, t + 8, ... */
 template <fad_dtype T>
 static __global__ void __launch_bounds__(SUM_THREADS)
@@ -36,19 +41,33 @@ static __global__ void __launch_bounds__(SUM_THREADS)
     const int r = threadIdx.x / ROW_LANES, lane = threadIdx.x % ROW_LANES;
     const bool active = r < t.n_active;
     const Row row = row_of(t, active ? r : 0);
-    float sum = 0; /* N13: the lane's chain */
+    float sum = 0, lse = 0, of_lse = 0; /* sum: N13, the lane's chain */
     unsigned full = 0;
     if (active) {
+        const fad_view &dlse = gradient.lse; /* asked for first: memory is late */
+        lse = ((const float *)p.lse.data)[t.seq.lse + row.i * p.lse.stride_s + row.h * p.lse.stride_h];
+        if (dlse.data)
+            of_lse = ((const float *)dlse.data)[of_gradient.lse + row.i * dlse.stride_s + row.h * dlse.stride_h];
         const uint4 *const dout = row_chunks(gradient.out, of_gradient.out, row),
                            *const out = row_chunks(p.out, t.seq.out, row), *const q = row_chunks(p.q, t.seq.q, row);
-        for (int chunk = lane; chunk * 8 < p.Dv; chunk += ROW_LANES) {
-            const uint4 a = dout[chunk], b = out[chunk];
-            sum = add_products<T>(add_products<T>(sum, a.x, b.x), a.y, b.y);
-            sum = add_products<T>(add_products<T>(sum, a.z, b.z), a.w, b.w);
-            full |= exponents_full<T>(a);
+        for (int first = lane; first * 8 < max(p.D, p.Dv); first += 2 * ROW_LANES) {
+            uint4 a[2], b[2], c[2]; /* two chunks of all rows on their way together */
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int chunk = first + i * ROW_LANES;
+                a[i] = load_chunk(dout, chunk, p.Dv);
+                b[i] = load_chunk(out, chunk, p.Dv);
+                c[i] = load_chunk(q, chunk, p.D);
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                if ((first + i * ROW_LANES) * 8 < p.Dv) { /* adding nothing could change the sign of a zero */
+                    sum = add_products<T>(add_products<T>(sum, a[i].x, b[i].x), a[i].y, b[i].y);
+                    sum = add_products<T>(add_products<T>(sum, a[i].z, b[i].z), a[i].w, b[i].w);
+                }
+                full |= exponents_full<T>(a[i]) | exponents_full<T>(c[i]);
+            }
         }
-        for (int chunk = lane; chunk * 8 < p.D; chunk += ROW_LANES)
-            full |= exponents_full<T>(q[chunk]);
     }
 #pragma unroll
     for (int step = 1; step < ROW_LANES; step *= 2) { /* N13: ((l0 + l1) + (l2 + l3)) + ((l4 + l5) + (l6 + l7)) */
@@ -57,11 +76,8 @@ static __global__ void __launch_bounds__(SUM_THREADS)
     }
     if (!active || lane != 0)
         return;
-    const float lse = ((const float *)p.lse.data)[t.seq.lse + row.i * p.lse.stride_s + row.h * p.lse.stride_h];
-    const fad_view &dlse = gradient.lse;
-    if (dlse.data)
-        sum = fad_f32_sub(sum,
-                          ((const float *)dlse.data)[of_gradient.lse + row.i * dlse.stride_s + row.h * dlse.stride_h]);
+    if (gradient.lse.data)
+        sum = fad_f32_sub(sum, of_lse);
     const int64_t at = first_row_sum(p, t.seq.index, row.h) + row.i;
     sums.log2_sum[at] = fad_f32_mul(lse, (float)FAD_LOG2E);
     sums.delta[at] = sum;
