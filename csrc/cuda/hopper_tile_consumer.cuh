@@ -18,14 +18,14 @@ template <class S> struct HopperConsumer {
     const int first = uniform(group * GROUP_ROWS + threadIdx.x % GROUP_THREADS / 32 * 16); /* the warp's, in the tile */
     const uint64_t k_ring = matrix_descriptor(sm.ring, 16), v_ring = matrix_descriptor(sm.ring, S::BOX),
                    q_tiles = matrix_descriptor(sm.q[0][group], 16);
-    Ring q_buffer, ring, slot;   /* the next q, the next part of K or V, the next item */
-    int current = -1;            /* the item in work; -1: none yet */
-    int block = 0, last = 0;     /* its block whose probabilities are there; its last one */
-    int whole = 0, n_whole = 0;  /* of its range */
-    int plain_end = 0;           /* of the blocks that are plain, and the next is: from `whole` on */
+    Ring q_buffer, ring, slot;        /* the next q, the next part of K or V, the next item */
+    int current = -1;                 /* the item in work; -1: none yet */
+    int block = 0, last = 0;          /* its block whose probabilities are there; its last one */
+    int whole = 0, n_whole = 0;       /* of its range */
+    int plain_end = 0;                /* of the blocks that are plain, and the next is: from `whole` on */
     int splits = 0, to_split_end = 1; /* that have ended; blocks up to the end of the current one */
-    RowPair total;               /* of the splits that have ended */
-    float l[2] = {0, 0};         /* this lane's l_t of rows g and g + 8 */
+    RowPair total;                    /* of the splits that have ended */
+    float l[2] = {0, 0};              /* this lane's l_t of rows g and g + 8 */
     References references;
     unsigned q[S::Q_IN_REGISTERS ? S::D / 16 : 1][4];
     float o[S::N][4];
@@ -203,7 +203,7 @@ template <class S> struct HopperConsumer {
      * index it: where it rests, or else the slots of the values that it met last. */
     __device__ __forceinline__ void write_out(const HopperItem &ended, const RowPair &part, bool spill,
                                               const Slots &values) {
-        constexpr int AT_ONCE = S::REST_IN_SHARED ? S::N : 16; /* n8 tiles */
+        constexpr int AT_ONCE = S::REST_IN_SHARED ? S::N : 16;        /* n8 tiles */
         constexpr int TOGETHER = S::REST_IN_SHARED ? AT_ONCE / 4 : 1; /* as there are registers */
         static_assert(S::REST_IN_SHARED || (S::PARTS == S::CONSUMERS && sizeof(RestTile<16>) * GROUP_WARPS <= S::SLOT),
                       "a slot for each group");
@@ -218,8 +218,8 @@ template <class S> struct HopperConsumer {
         float2 states[2]; /* of row `first` + lane % 8, and of the eighth after it */
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            states[half] = make_float2(__shfl_sync(~0u, part.m[half], lane % 8 * 4),
-                                       __shfl_sync(~0u, part.l[half], lane % 8 * 4));
+            states[half] =
+                make_float2(__shfl_sync(~0u, part.m[half], lane % 8 * 4), __shfl_sync(~0u, part.l[half], lane % 8 * 4));
         const float2 state = lane % 16 < 8 ? states[0] : states[1];
 #pragma unroll
         for (int n = 0; n < S::N; n += AT_ONCE) {
@@ -289,13 +289,9 @@ template <class S> struct HopperConsumer {
     /* ---- steps ---- */
 
     /* Warpgroups start their products in turn, so that one's softmax falls into the time of the others' products. */
-    __device__ __forceinline__ void take_turn() const {
-        if (S::TURNS)
-            named_barrier_sync(FIRST_TURN + group, 2 * GROUP_THREADS);
-    }
+    __device__ __forceinline__ void take_turn() const { named_barrier_sync(FIRST_TURN + group, 2 * GROUP_THREADS); }
     __device__ __forceinline__ void pass_turn() const {
-        if (S::TURNS)
-            named_barrier_arrive(FIRST_TURN + (group + 1 < S::CONSUMERS ? group + 1 : 0), 2 * GROUP_THREADS);
+        named_barrier_arrive(FIRST_TURN + (group + 1 < S::CONSUMERS ? group + 1 : 0), 2 * GROUP_THREADS);
     }
 
     /* What a step has to be ready for. PLAIN: this block and the next are plain and in one split. SPLIT: they are plain and
@@ -391,7 +387,7 @@ template <class S> struct HopperConsumer {
     /* All blocks of all items. */
     __device__ __forceinline__ void run() {
         ScoreTile s = {};
-        if (group == S::CONSUMERS - 1)
+        if (S::OVERLAP && group == S::CONSUMERS - 1)
             pass_turn(); /* the first one's first */
         references.clear();
         clear();

@@ -43,8 +43,8 @@ struct FinishedRow {
 };
 
 /* N8 (sink), N9, N10 for the 16 rows from `first` on of a tile, by one warp: dims from first_dim on to out and, with the
- * first of them, lse. state: m and l of row `first` + lane % 16. TOGETHER: chunks that a lane has in work at a time. As in finish_rows, quotients are computed the near way, and
- * afterwards one test tells whether all were in its range. */
+ * first of them, lse. state: m and l of row `first` + lane % 16. TOGETHER: chunks that a lane has in work at a time. As in
+ * finish_rows, quotients are computed the near way, and afterwards one test tells whether all were in its range. */
 template <fad_dtype T, int TOGETHER, int N>
 static __device__ __forceinline__ void finish_rest(const fad_attn_problem &p, const Tile &t, int first, int first_dim,
                                                    const RestTile<N> &rest, float2 state) {
@@ -88,7 +88,7 @@ static __device__ __forceinline__ void finish_rest(const fad_attn_problem &p, co
             const float2 x = *((const float2 *)&rest[n][rest_place(g, j)] + half);
             if (n < n_end)
                 *(unsigned *)(to + n * 8 + 2 * j) = round_out<T>(fad_f32_finish_out(fad_f32_mul(x.x, sink), l),
-                                                                fad_f32_finish_out(fad_f32_mul(x.y, sink), l));
+                                                                 fad_f32_finish_out(fad_f32_mul(x.y, sink), l));
         }
     }
 }

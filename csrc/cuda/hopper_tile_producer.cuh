@@ -22,7 +22,8 @@ template <class S> struct ItemProducer {
         }
         int64_t seen_end = range.split; /* of the splits of which some row sees something */
         if (range.blocks > 0)
-            seen_end += 1 + fad_quotient(max(range.blocks - range.to_split_end, 0) + range.split_blocks - 1, range.split_blocks);
+            seen_end += 1 + fad_quotient(max(range.blocks - range.to_split_end, 0) + range.split_blocks - 1,
+                                         range.split_blocks);
         for (int64_t nth = range.from; nth < range.to; nth++)
             if (nth < range.split || nth >= seen_end)
                 spill_empty(p, item.t, work.partials, nth);

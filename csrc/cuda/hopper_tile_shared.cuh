@@ -27,10 +27,6 @@ struct HopperShape {
     static constexpr bool Q_IN_REGISTERS = D == 128, OVERLAP = D <= 128, REST_IN_SHARED = D <= 128;
     static constexpr int Q_BUFFERS = D == 64 ? 2 : 1;
     static constexpr bool INTEGER_MAXIMA = D == 128; /* faster, where there are registers for it */
-#ifndef FAD_TURNS
-#define FAD_TURNS 1
-#endif
-    static constexpr bool TURNS = FAD_TURNS && OVERLAP;
 };
 
 /* One item of work that has blocks of keys. */

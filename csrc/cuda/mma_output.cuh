@@ -39,7 +39,7 @@ static __device__ __forceinline__ void fold_into(const RowPair &before, Rest res
             r[n] = rest(first + n);
 #pragma unroll
         for (int n = 0; n < BATCH; n++) {
-            float(&x)[4] = o[first + n];
+            float (&x)[4] = o[first + n];
             x[0] = fad_f32_add(fad_f32_mul(r[n].x, a[0]), x[0]);
             x[1] = fad_f32_add(fad_f32_mul(r[n].y, a[0]), x[1]);
             x[2] = fad_f32_add(fad_f32_mul(r[n].z, a[1]), x[2]);

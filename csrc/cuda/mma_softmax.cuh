@@ -284,8 +284,7 @@ struct References {
                 float &x = s[n][2 * half], &y = s[n][2 * half + 1];
                 x = ex2(fad_f32_fma(x, c, -m[half]));
                 y = ex2(fad_f32_fma(y, c, -m[half]));
-                /* The other way round than in round_probabilities, or ptxas takes words from here to there in local memory. */
-                const unsigned pair = pack2<T>(y, x);
+                const unsigned pair = pack2<T>(x, y);
                 const float both = fad_f32_add(low_half<T>(pair), high_half<T>(pair));
                 sum[half] = n == 0 ? both : fad_f32_add(sum[half], both);
             }
