@@ -123,7 +123,7 @@ FINITE = {"bf16": "fma.rn.bf16x2", "fp16": "add.rn.f16x2"}
 
 def allowed_in(name: str) -> frozenset[str]:
     """What forbidden() lets pass in a source of csrc/cuda."""
-    finishes = re.fullmatch(r"(?:mma|hopper)_(?:decode|tile)_(bf16|fp16)", name)
+    finishes = re.fullmatch(r"(?:mma|hopper)_(?:decode|tile|cluster)_(bf16|fp16)", name)
     return frozenset(({EX2} if name in TENSOR_CORES else set()) | ({FINITE[finishes[1]]} if finishes else set()))
 
 

@@ -75,9 +75,8 @@ static __device__ __forceinline__ unsigned remote_address(const void *here, int 
 static __device__ __forceinline__ void store_remote(unsigned to, float x) {
     asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
 }
-static __device__ __forceinline__ void store_remote(unsigned to, const uint4 &x) {
-    asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
-                 : "memory");
+static __device__ __forceinline__ void store_remote(unsigned to, const uint2 &x) {
+    asm volatile("st.shared::cluster.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(x.x), "r"(x.y) : "memory");
 }
 
 static __device__ __forceinline__ bool named_barrier_or(int id, int threads, bool value) {

@@ -86,13 +86,10 @@ template <fad_dtype T, int CHUNKS, int UNITS> struct UnitScores {
     }
 };
 
-/* N7: this lane's b_t goes on over a unit, for row g or g + 8. */
-template <fad_dtype T> static __device__ __forceinline__ float add_up(float sum, const uint4 &p, int half) {
-    const unsigned pairs[2] = {half ? p.y : p.x, half ? p.w : p.z}; /* of an n8 tile each */
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        sum = fad_f32_add(sum, fad_f32_add(low_half<T>(pairs[i]), high_half<T>(pairs[i])));
-    return sum;
+/* N7: this lane's b_t goes on over a unit; p: of a row, of the unit's n8 tiles. */
+template <fad_dtype T> static __device__ __forceinline__ float add_up(float sum, uint2 p) {
+    sum = fad_f32_add(sum, fad_f32_add(low_half<T>(p.x), high_half<T>(p.x)));
+    return fad_f32_add(sum, fad_f32_add(low_half<T>(p.y), high_half<T>(p.y)));
 }
 
 /* N11 where a value is Inf or NaN: each row meets only the values that it sees. b: 8 dims of a unit; key: its first. */

@@ -39,7 +39,7 @@ template <class S> struct ValueWarp : DecodeWarp<S> {
     template <bool PARTIAL>
     __device__ __forceinline__ void multiply(const char *v, const uint4 &p_lane, float &sum, int key) {
         const unsigned a[4] = {p_lane.x, p_lane.y, p_lane.z, p_lane.w};
-        sum = add_up<S::T>(sum, p_lane, half);
+        sum = add_up<S::T>(sum, half ? make_uint2(p_lane.y, p_lane.w) : make_uint2(p_lane.x, p_lane.z));
 #pragma unroll
         for (int i = 0; i < S::N / 2; i++) {
             unsigned b[4];

@@ -58,8 +58,8 @@ static bool may_spill(const fad_attn_problem *p, const Plan &plan) {
     return !p->cu_seqlens_q && plan.n_splits > 1 && (forced ? forced == 2 : states <= keys);
 }
 
-/* The kernel whose clusters share splits, where that is possible and there are so few that each can have a cluster at
- * once; else null. */
+/* The kernel whose clusters share splits, where that is possible and pays: splits are long, and so few that each can have a
+ * cluster at once. Else null. */
 static const MmaKernel *choose_cluster(const fad_attn_problem *p, const Plan &plan) {
 #ifdef FAD_HOPPER
     const fad_schedule *forced = fad_core->forced_schedule();
@@ -73,7 +73,8 @@ static const MmaKernel *choose_cluster(const fad_attn_problem *p, const Plan &pl
     while (kernel->dims < max(p->D, p->Dv))
         kernel++;
     const int64_t blocks = tile_bound(*p, DECODE_ROWS) * plan.n_splits * kernel->ranks;
-    return forced->kernel || blocks <= plan.device.multiprocessors ? kernel : nullptr;
+    const bool pays = min(p->Sk, p->split_size) >= CLUSTER_KEYS * 3 / 4 && blocks <= plan.device.multiprocessors;
+    return forced->kernel || pays ? kernel : nullptr;
 #else
     (void)p, (void)plan;
     return nullptr;

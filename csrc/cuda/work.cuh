@@ -111,48 +111,70 @@ static __device__ void set_key_range(const fad_attn_problem &p, const Tile &t, i
     range.to_split_end = (int)min((split + 1) * split_blocks - range.first / FAD_MMA_BLOCK_KV, (int64_t)INT32_MAX);
 }
 
-/* find_item() where DenseWork holds, by one thread: the same in few instructions. */
-static __device__ void find_dense_item(const fad_attn_problem &p, const Work &work, int rows, unsigned number, Tile &t,
+/* An item of a dense call: a run of splits, and a tile, which begins with row row0 of a sequence and kv head. */
+struct DenseItem {
+    int nth, b, head, row0;
+    __device__ __forceinline__ DenseItem(const DenseWork &dense, int rows, unsigned number) {
+        nth = dense.tiles.quotient(number);
+        const unsigned tile = number - nth * dense.n_tiles;
+        b = dense.sequence.quotient(tile);
+        const unsigned of_sequence = tile - b * dense.sequence_tiles;
+        head = dense.head.quotient(of_sequence);
+        row0 = (dense.head_tiles - 1 - (int)(of_sequence - head * dense.head_tiles)) * rows; /* as in locate_tile */
+    }
+};
+
+/* find_item() where DenseWork holds, in few instructions, by one thread: the tile, */
+static __device__ void find_dense_tile(const fad_attn_problem &p, const DenseWork &dense, int rows, unsigned number,
+                                       Tile &t) {
+    const DenseItem item(dense, rows, number);
+    const int i0 = dense.group.quotient(item.row0), group = dense.group_size;
+    fad_attn_problem plain = p; /* what the compiler knows of it makes fad_get_sequence short */
+    plain.cu_seqlens_q = plain.cu_seqlens_k = plain.k_pos = nullptr;
+    plain.B = INT64_MAX;
+    t.seq = fad_get_sequence(&plain, item.b);
+    t.exists = true;
+    t.head_k = item.head;
+    t.i0 = i0;
+    t.g0 = item.row0 - i0 * group;
+    t.group = group;
+    t.n_rows = min(rows, (int)p.Sq * group - item.row0);
+    t.n_active = min(max((int)t.seq.span.n_q * group - item.row0, 0), t.n_rows);
+}
+
+/* and its keys, as in fad_get_sequence and set_key_range. */
+static __device__ void find_dense_keys(const fad_attn_problem &p, const Work &work, int rows, unsigned number,
                                        KeyRange &range) {
     const DenseWork &dense = work.dense;
-    const unsigned nth = dense.tiles.quotient(number), tile = number - nth * dense.n_tiles; /* run of splits */
-    const unsigned b = dense.sequence.quotient(tile), of_sequence = tile - b * dense.sequence_tiles;
-    const unsigned head = dense.head.quotient(of_sequence), of_head = of_sequence - head * dense.head_tiles;
-    const unsigned row0 = (dense.head_tiles - 1 - of_head) * rows, i0 = dense.group.quotient(row0);
-    const int group = dense.group_size;
-    if (p.cu_seqlens_q || p.cu_seqlens_k || p.k_pos)
-        __builtin_unreachable(); /* a shorter fad_get_sequence */
-    t.seq = fad_get_sequence(&p, b);
-    const int n_q = (int)t.seq.span.n_q, n_k = (int)t.seq.span.n_k;
-    t.exists = true;
-    t.head_k = head;
-    t.i0 = i0;
-    t.g0 = row0 - i0 * group;
-    t.group = group;
-    t.n_rows = min(rows, (int)p.Sq * group - (int)row0);
-    t.n_active = min(max(n_q * group - (int)row0, 0), t.n_rows);
-    /* as in set_key_range */
-    const int from = nth * dense.item_splits,
-              to = min(from + dense.item_splits, (int)min(work.partials.n_splits, dense.MOST));
-    const int first = n_k - n_q + (int)i0, last = n_k - n_q + (int)dense.group.quotient(row0 + t.n_active - 1);
-    int lo = max(first - dense.left, from * dense.split_keys), hi = min(last + dense.right + 1, n_k);
-    const int whole_from = max(last - dense.left, 0), whole_to = min(first + dense.right + 1, n_k);
+    const DenseItem item(dense, rows, number);
+    const int keys = (int)p.Sk - (p.leftpad_k ? min(max(p.leftpad_k[item.b], 0), (int)p.Sk) : 0);
+    const int n_k = p.seqused_k ? min(max(p.seqused_k[item.b], 0), keys) : keys;
+    const int n_q = p.seqused_q ? min(max(p.seqused_q[item.b], 0), (int)p.Sq) : (int)p.Sq;
+    const int end = min(item.row0 + rows, n_q * dense.group_size);      /* of the active rows */
+    const int first = n_k - n_q + (int)dense.group.quotient(item.row0), /* positions */
+        last = n_k - n_q + (int)dense.group.quotient(end - 1);
+    const int from = item.nth * dense.item_splits;
+    int lo = max(max(first - dense.left, 0), from * dense.split_keys), hi = min(last + dense.right + 1, n_k);
     range.split = range.from = from;
-    range.to = work.partials.o ? to : MOST_SPLITS;
-    if (work.partials.o)
+    range.to = MOST_SPLITS;
+    if (work.partials.o) {
+        const int to = min(from + dense.item_splits, (int)work.partials.n_splits);
         hi = min(hi, to * dense.split_keys);
-    lo = max(lo, 0);
+        range.to = to;
+    }
     range.first = range.blocks = 0;
-    if (hi <= lo || t.n_active == 0)
+    if (hi <= lo || end <= item.row0)
         return;
-    const unsigned split = dense.split.quotient(lo), first_block = lo / FAD_MMA_BLOCK_KV;
-    const int first_key = first_block * FAD_MMA_BLOCK_KV;
+    const int split = dense.split.quotient(lo), first_block = lo / FAD_MMA_BLOCK_KV,
+              first_key = first_block * FAD_MMA_BLOCK_KV;
     range.first = first_key;
     range.lo = lo - first_key;
     range.hi = hi - first_key;
     range.blocks = (range.hi + FAD_MMA_BLOCK_KV - 1) / FAD_MMA_BLOCK_KV;
-    range.whole = (min(max(whole_from - first_key, 0), range.hi) + FAD_MMA_BLOCK_KV - 1) / FAD_MMA_BLOCK_KV;
-    range.n_whole = max(min(max(whole_to - first_key, 0), range.hi) / FAD_MMA_BLOCK_KV - range.whole, 0);
+    const int whole_lo = min(max(last - dense.left - first_key, 0), range.hi),
+              whole_hi = min(max(min(first + dense.right + 1, n_k) - first_key, 0), range.hi);
+    range.whole = (whole_lo + FAD_MMA_BLOCK_KV - 1) / FAD_MMA_BLOCK_KV;
+    range.n_whole = max(whole_hi / FAD_MMA_BLOCK_KV - range.whole, 0);
     range.split_blocks = dense.split_keys / FAD_MMA_BLOCK_KV;
     range.to_split_end = (split + 1) * range.split_blocks - first_block;
     range.split = split;
@@ -162,8 +184,10 @@ static __device__ void find_dense_item(const fad_attn_problem &p, const Work &wo
 static __device__ bool find_item(const fad_attn_problem &p, const Work &work, int rows, int64_t number, Tile &shared,
                                  KeyRange &range) {
     if (work.dense.valid) {
-        if (threadIdx.x % 32 == 0)
-            find_dense_item(p, work, rows, (unsigned)number, shared, range);
+        if (threadIdx.x % 32 == 0) {
+            find_dense_tile(p, work.dense, rows, (unsigned)number, shared);
+            find_dense_keys(p, work, rows, (unsigned)number, range);
+        }
         return true;
     }
     const int64_t nth = fad_quotient(number, work.n_tiles); /* run of splits */
@@ -176,11 +200,17 @@ static __device__ bool find_item(const fad_attn_problem &p, const Work &work, in
     return exists;
 }
 
-/* The same for a whole thread block. */
+/* The same for a whole thread block, two warps of which share the work where they can. */
 static __device__ bool share_item(const fad_attn_problem &p, const Work &work, int rows, int64_t number, Tile &t,
                                   KeyRange &range) {
-    if (threadIdx.x < 32)
+    if (work.dense.valid) {
+        if (threadIdx.x == 0)
+            find_dense_tile(p, work.dense, rows, (unsigned)number, t);
+        else if (threadIdx.x == 32)
+            find_dense_keys(p, work, rows, (unsigned)number, range);
+    } else if (threadIdx.x < 32) {
         find_item(p, work, rows, number, t, range);
+    }
     __syncthreads(); /* tile and range may be read */
     return t.exists;
 }
