@@ -143,8 +143,8 @@ template <class S> struct ClusterThread {
             m = next;
             next = advance(m, b);
             mine = b == block ? next : mine;
-            if (b == warp) /* every warp finds the factors of one block */
-                sm.alpha[b][lane % DECODE_ROWS] = fad_f32_pow2(fad_f32_sub(m, next));
+            if (b == warp && lane < DECODE_ROWS) /* every warp finds the factors of one block */
+                sm.alpha[b][lane] = fad_f32_pow2(fad_f32_sub(m, next));
         }
         m = next;
         if (block < blocks) {
