@@ -46,7 +46,7 @@ static void choose_hopper(const fad_attn_problem *p, Plan *plan) {
     if (!describe_keys(p, *plan->hopper, &plan->k_map, &plan->v_map))
         plan->hopper = nullptr;
 #else
-    (void)p;
+    (void)p, (void)plan;
 #endif
 }
 
