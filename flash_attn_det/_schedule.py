@@ -7,7 +7,7 @@ from . import _library
 
 _LAYOUTS = {None: 0, "rows": 1, "keys": 2}
 _SPLIT_PARALLEL = {None: 0, False: 1, True: 2}
-_KERNELS = {None: 0, "generic": 1, "hopper": 2}
+_KERNELS = {None: 0, "generic": 1, "hopper": 2, "cluster": 3}
 
 
 def isas() -> list[str]:
@@ -27,8 +27,8 @@ def forced(
 
     isa: a name from isas(). layout: "rows" or "keys", what a vector lane stands for. tile_rows: query rows of one work
     item, 1 .. 256; in a backward on the CPU, in whole blocks of 64. split_parallel: whether splits are computed side by
-    side and folded afterwards; in a backward on the CPU, whether dq has a pass of its own. kernel: "generic" or
-    "hopper", the kernels of the mma family on a GPU; "generic" also runs where the other cannot.
+    side and folded afterwards; in a backward on the CPU, whether dq has a pass of its own. kernel: "generic",
+    "hopper" or "cluster", the kernels of the mma family on a GPU; one also runs where those after it cannot.
     Raises ValueError for a value out of range, and KeyError for an unknown layout or kernel.
     """
     schedule = _library.Schedule(

@@ -8,10 +8,12 @@ from cuda_tools import (
 
 from flash_attn_det import _schedule
 
-# Tiles of 16 rows are the decode kernel's; 64 and 128 are those of prompts; None is the kernel's own choice.
+# Tiles of 16 rows are the decode kernels'; 64 and 128 are those of prompts; None is the kernel's own choice. Clusters
+# share splits that are spilled, or the only one.
 KERNELS = {
     **{f"generic {rows or 'auto'}": {"kernel": "generic", "tile_rows": rows} for rows in (None, 16, 64, 128)},
     **{f"hopper {rows or 'auto'}": {"kernel": "hopper", "tile_rows": rows} for rows in (None, 16, 128)},
+    "cluster 16": {"kernel": "cluster", "tile_rows": 16},
 }
 SCHEDULES = {
     f"{name} {'spilled' if split_parallel else 'folded'}": {**kernel, "split_parallel": split_parallel}

@@ -123,7 +123,7 @@ FINITE = {"bf16": "fma.rn.bf16x2", "fp16": "add.rn.f16x2"}
 
 def allowed_in(name: str) -> frozenset[str]:
     """What forbidden() lets pass in a source of csrc/cuda."""
-    finishes = re.fullmatch(r"(?:mma|hopper)_(?:decode|tile)_(bf16|fp16)", name)
+    finishes = re.fullmatch(r"(?:mma|hopper)_(?:decode|tile|cluster)_(bf16|fp16)", name)
     return frozenset(({EX2} if name in TENSOR_CORES else set()) | ({FINITE[finishes[1]]} if finishes else set()))
 
 
@@ -411,3 +411,42 @@ def test_kernels_of_an_earlier_build_are_removed(tmp_path, pretender):
     done = make(f"BUILD={folder}", *others, "all", **pretender | {"FLASH_ATTN_DET_CUDA": "0"})
     assert not (folder / LIBRARY).exists()
     assert "CUDA kernels: none, FLASH_ATTN_DET_CUDA is 0" in done.stdout
+
+
+# ---- what needs no GPU to run ----------------------------------------------------------------------------------------
+
+
+def find_items(folder: Path, change: tuple[str, str] | None = None) -> subprocess.CompletedProcess:
+    """Compares the two ways to find an item, on this machine; change: a text of work.cuh, and another in its place."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler (c++)")
+    shutil.copytree(CSRC, folder / "csrc")
+    source = folder / "tests" / "cuda" / "find_items.cpp"
+    source.parent.mkdir(parents=True)
+    shutil.copy(Path(__file__).parent / "cuda" / source.name, source)
+    if change:
+        header = folder / "csrc" / "cuda" / "work.cuh"
+        text = header.read_text()
+        assert text.count(change[0]) == 1
+        header.write_text(text.replace(*change))
+    subprocess.run([compiler, "-std=c++17", "-O1", "-w", source, "-o", folder / "find_items"], check=True)
+    return subprocess.run([folder / "find_items"], capture_output=True, text=True, check=False)
+
+
+def test_items_of_dense_calls_are_found_as_others_are(tmp_path):
+    done = find_items(tmp_path)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("max(whole_hi / FAD_MMA_BLOCK_KV", "max(1 + whole_hi / FAD_MMA_BLOCK_KV"),
+        ("dense.head_tiles - 1 - (int)", "dense.head_tiles - (int)"),
+        ("last + dense.right + 1, n_k", "last + dense.right, n_k"),
+    ],
+    ids=["blocks that all rows see", "rows", "keys"],
+)
+def test_items_that_are_found_wrong_are_noticed(tmp_path, change):
+    assert find_items(tmp_path, change).returncode == 1

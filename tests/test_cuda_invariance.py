@@ -52,6 +52,7 @@ KERNELS = {
     "generic 64": {"kernel": "generic", "tile_rows": 64, "split_parallel": False},
     "generic 128": {"kernel": "generic", "tile_rows": 128, "split_parallel": False},
     "hopper": {"kernel": "hopper", "split_parallel": False},
+    "cluster": {"kernel": "cluster", "tile_rows": 16, "split_parallel": True},
 }
 every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 

@@ -92,15 +92,15 @@ def test_n8_partials_are_the_same_for_every_kernel_and_merge_to_the_fused_result
         assert differing(fad.merge_partials(backwards, return_lse=True), attention(*qkv, **keywords)) > 0
 
 
-def kernels_of(*qkv, **schedule):
+def kernels_of(*qkv, split_size=SPLIT, **schedule):
     """Names of the kernels that a call runs under a schedule."""
     with _schedule.forced(**schedule):
-        attention(*qkv, causal=True)
+        attention(*qkv, causal=True, split_size=split_size)
         torch.cuda.synchronize()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the profiler warns of what it lacks on a machine
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                attention(*qkv, causal=True)
+                attention(*qkv, causal=True, split_size=split_size)
                 torch.cuda.synchronize()
             events = profile.events()
     names = {event.name for event in events if str(event.device_type).endswith("CUDA")}
@@ -129,6 +129,41 @@ def test_forced_hopper_kernels_are_not_the_generic_ones(D):
     hopper = [kernels_of(*qkv, kernel="hopper", tile_rows=n, split_parallel=False) for n in (16, 128)]
     for a, b in itertools.combinations([*generic, *hopper], 2):
         assert not a & b
+
+
+@needs_hopper
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_forced_clusters_are_not_the_other_decode_kernel(D):
+    """Also: the scheduler takes them for one long split, and leaves a short one to the other."""
+    kernels = {}
+    for Sk in (256, 1024):
+        qkv = moved(tensors(B=1, Sq=1, Sk=Sk, D=D, dtype=torch.bfloat16))
+        for kernel in (None, "cluster", "hopper"):
+            kernels[Sk, kernel] = kernels_of(*qkv, kernel=kernel, split_size=1024)
+        assert not kernels[Sk, "cluster"] & kernels[Sk, "hopper"]
+    assert kernels[256, None] == kernels[256, "hopper"]
+    assert kernels[1024, None] == kernels[1024, "cluster"]
+
+
+@needs_hopper
+@every_16_bit_dtype
+@pytest.mark.parametrize("D", [40, 64, 128, 256])
+@pytest.mark.parametrize("Sk", [1, 127, 700, 1024, 1025, 2500])
+def test_n3_clusters_give_the_bits_of_other_kernels_for_splits_of_every_length(dtype, D, Sk):
+    """Splits up to the longest that a cluster can share, the last of them cut anywhere; NaN where nobody may look."""
+    q, k, v = moved(tensors(B=3, Sq=2, Sk=Sk + 9, Hq=6, Hk=2, D=D, dtype=dtype))
+    used = torch.tensor([Sk, Sk // 2, 0], dtype=torch.int32, device="cuda")
+    for x in (k, v):
+        x[0, Sk:], x[1, Sk // 2 :], x[2] = torch.nan, torch.inf, torch.nan
+    calls = {size: dict(seqused_k=used, causal=True, split_size=size) for size in (384, 1024)}
+    for size, keywords in calls.items():
+        want = None
+        for kernel in ("generic", "hopper", "cluster"):
+            with _schedule.forced(kernel=kernel, tile_rows=16, split_parallel=True), poisoned():
+                got = attention(q, k, v, **keywords)
+            want = want or got
+            assert_same(got, want, f"{kernel} {size}")
+        assert not want[0].isnan().any()
 
 
 # ---- the bits of the contract ----------------------------------------------------------------------------------------

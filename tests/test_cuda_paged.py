@@ -41,7 +41,10 @@ SCHEDULES = {
         "tile_rows": rows,
         "split_parallel": split_parallel,
     }
-    for kernel, rows, split_parallel in itertools.product(("generic", "hopper"), (None, 16, 64, 128), (False, True))
+    for kernel, rows, split_parallel in [
+        *itertools.product(("generic", "hopper"), (None, 16, 64, 128), (False, True)),
+        *itertools.product(("cluster",), (16,), (False, True)),
+    ]
 }
 OPTIONS = {
     "plain": {},

@@ -14,8 +14,9 @@ fad_status fad_force_schedule(const fad_schedule *schedule) {
     if (s.split_parallel < 0 || s.split_parallel > 2)
         return fad_fail(FAD_INVALID_ARGUMENT, "split_parallel is %d, expected 0 (auto), 1 (never) or 2 (always)",
                         s.split_parallel);
-    if (s.kernel < 0 || s.kernel > 2)
-        return fad_fail(FAD_INVALID_ARGUMENT, "kernel is %d, expected 0 (auto), 1 (generic) or 2 (hopper)", s.kernel);
+    if (s.kernel < 0 || s.kernel > 3)
+        return fad_fail(FAD_INVALID_ARGUMENT, "kernel is %d, expected 0 (auto), 1 (generic), 2 (hopper) or 3 (cluster)",
+                        s.kernel);
     forced = s;
     return FAD_OK;
 }

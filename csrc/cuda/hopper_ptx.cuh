@@ -77,6 +77,27 @@ static __device__ __forceinline__ void copy_box(void *to, const CUtensorMap &map
                  : "memory");
 }
 
+/* A cluster: thread blocks that run together and reach each other's shared memory. Its barrier, in two halves, for all
+ * threads: what was written before arriving may be read after waiting. */
+static __device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+static __device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+/* Where a place of this thread block's shared memory lies in that of thread block `rank`, and stores there. */
+static __device__ __forceinline__ unsigned remote_address(const void *here, int rank) {
+    unsigned there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(here)), "r"(rank));
+    return there;
+}
+static __device__ __forceinline__ void store_remote(unsigned to, float x) {
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
+}
+static __device__ __forceinline__ void store_remote(unsigned to, const uint2 &x) {
+    asm volatile("st.shared::cluster.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(x.x), "r"(x.y) : "memory");
+}
+
 static __device__ __forceinline__ bool named_barrier_or(int id, int threads, bool value) {
     unsigned any;
     asm volatile("{\n"

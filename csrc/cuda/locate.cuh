@@ -28,6 +28,19 @@ __device__ inline Row row_of(const Tile &t, int r) {
 /* The sequence's row that the tile's last active row belongs to. */
 __device__ inline int64_t last_row(const Tile &t) { return row_of(t, t.n_active - 1).i; }
 
+/* Division of numbers below 2^31 by one that the host knows: a product and a shift. */
+struct Divisor {
+    uint32_t multiplier, shift;
+    __host__ explicit Divisor(int64_t d) : shift(31) { /* d: 1 .. 2^31 - 1 */
+        while (INT64_C(1) << (shift - 31) < d)
+            shift++;
+        multiplier = (uint32_t)(((UINT64_C(1) << shift) + d - 1) / d);
+    }
+    __device__ __forceinline__ unsigned quotient(unsigned n) const {
+        return (unsigned)((uint64_t)n * multiplier >> shift);
+    }
+};
+
 /* Tiles that a grid must hold: exact for dense calls, an upper bound for packed ones (each sequence rounds up once). */
 static inline int64_t tile_bound(const fad_attn_problem &p, int rows) {
     const int64_t group = fad_group(&p);

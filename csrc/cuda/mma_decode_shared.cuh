@@ -3,15 +3,13 @@
 #define FAD_CUDA_MMA_DECODE_SHARED_CUH
 
 #include "hopper_ptx.cuh"
+#include "mma_decode_units.cuh"
 #include "mma_kernel.cuh"
 #include "mma_output.cuh"
 #include "mma_values.cuh"
 #include "work.cuh"
 
-constexpr int DECODE_ROWS = 16;
-constexpr int UNIT_KEYS = 16, BLOCK_UNITS = BLOCK_KEYS / UNIT_KEYS; /* a unit: the keys of one step */
-constexpr int SLOT_KEYS = 64, BLOCK_SLOTS = BLOCK_KEYS / SLOT_KEYS; /* of K or V in a slot of the ring */
-constexpr int ROLE_WARPS = 4, ROLE_THREADS = ROLE_WARPS * 32;       /* score warps; then as many value warps */
+constexpr int ROLE_WARPS = 4, ROLE_THREADS = ROLE_WARPS * 32; /* score warps; then as many value warps */
 constexpr int DECODE_CONSUMERS = 2 * ROLE_THREADS, DECODE_THREADS = DECODE_CONSUMERS + 32; /* and the producer */
 constexpr int WARP_UNITS = BLOCK_UNITS / ROLE_WARPS;                                       /* a score warp's */
 constexpr int SLOT_WARPS = SLOT_KEYS / UNIT_KEYS / WARP_UNITS; /* score warps that read one slot of K */

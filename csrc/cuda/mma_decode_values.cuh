@@ -35,46 +35,19 @@ template <class S> struct ValueWarp : DecodeWarp<S> {
         l = fad_f32_mul(l, half ? a[1] : a[0]);
     }
 
-    /* N11 where a value is Inf or NaN: each row meets only the values that it sees. b: 16 dims of a unit; key: its first. */
-    __device__ __forceinline__ void guarded_step(float (&even)[4], float (&odd)[4], const unsigned (&a)[4],
-                                                 const unsigned (&b)[4], int key) {
-#pragma unroll 1
-        for (int r = 0; r < DECODE_ROWS; r++) {
-            const int lo = sm.rows.lo[r] - key - lane % 4 * 2, hi = sm.rows.hi[r] - key - lane % 4 * 2;
-            float row[2][4];
-            unsigned seen[4];
-#pragma unroll
-            for (int n = 0; n < 4; n++) /* keys n % 2 * 8 and + 1, from the lane's first */
-                seen[n] = b[n] & ((n % 2 * 8 >= lo && n % 2 * 8 < hi ? 0xffffu : 0) |
-                                  (n % 2 * 8 + 1 >= lo && n % 2 * 8 + 1 < hi ? 0xffff0000u : 0));
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                row[0][e] = even[e], row[1][e] = odd[e];
-            mma_step<S::T>(row[0], a, seen[0], seen[1]);
-            mma_step<S::T>(row[1], a, seen[2], seen[3]);
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                if (lane / 4 + e / 2 * 8 == r)
-                    even[e] = row[0][e], odd[e] = row[1][e];
-        }
-    }
-
     /* N7: O += P V over one unit, and sum goes on; v: the unit's first row in its slot, key: its number. */
     template <bool PARTIAL>
     __device__ __forceinline__ void multiply(const char *v, const uint4 &p_lane, float &sum, int key) {
         const unsigned a[4] = {p_lane.x, p_lane.y, p_lane.z, p_lane.w};
-#pragma unroll
-        for (int i = 0; i < 2; i++) { /* n8 tile */
-            const unsigned pair = half ? a[2 * i + 1] : a[2 * i];
-            sum = fad_f32_add(sum, fad_f32_add(low_half<S::T>(pair), high_half<S::T>(pair)));
-        }
+        sum = add_up<S::T>(sum, half ? make_uint2(p_lane.y, p_lane.w) : make_uint2(p_lane.x, p_lane.z));
 #pragma unroll
         for (int i = 0; i < S::N / 2; i++) {
             unsigned b[4];
             ldmatrix_transposed(b, v + value_lane[i]);
             if (PARTIAL && __any_sync(~0u, (exponents_full<S::T>(b[0]) | exponents_full<S::T>(b[1]) |
                                             exponents_full<S::T>(b[2]) | exponents_full<S::T>(b[3])) != 0)) {
-                guarded_step(o[2 * i], o[2 * i + 1], a, b, key);
+                guarded_step<S::T>(sm.rows, o[2 * i], a, {b[0], b[1]}, key, lane);
+                guarded_step<S::T>(sm.rows, o[2 * i + 1], a, {b[2], b[3]}, key, lane);
             } else {
                 mma_step<S::T>(o[2 * i], a, b[0], b[1]);
                 mma_step<S::T>(o[2 * i + 1], a, b[2], b[3]);

@@ -38,7 +38,6 @@ static const MmaKernel *choose_kernel(const fad_attn_problem *p, const Device &d
 
 /* The Hopper kernel where it can run, else null. */
 static void choose_hopper(const fad_attn_problem *p, Plan *plan) {
-    plan->hopper = nullptr;
 #ifdef FAD_HOPPER
     const fad_schedule *forced = fad_core->forced_schedule();
     if (plan->device.compute != 90 || forced->kernel == 1)
@@ -47,7 +46,38 @@ static void choose_hopper(const fad_attn_problem *p, Plan *plan) {
     if (!describe_keys(p, *plan->hopper, &plan->k_map, &plan->v_map))
         plan->hopper = nullptr;
 #else
-    (void)p;
+    (void)p, (void)plan;
+#endif
+}
+
+/* Whether the states of all splits may go through memory: never those of packed calls. */
+static bool may_spill(const fad_attn_problem *p, const Plan &plan) {
+    const int forced = fad_core->forced_schedule()->split_parallel;
+    /* As long as the states are not larger than K and V. */
+    const double states = 4.0 * p->Sq * p->Hq * p->Dv * plan.n_splits, keys = 2.0 * p->Sk * p->Hk * (p->D + p->Dv);
+    return !p->cu_seqlens_q && plan.n_splits > 1 && (forced ? forced == 2 : states <= keys);
+}
+
+/* The kernel whose clusters share splits, where that is possible and pays: splits are long, and so few that each can have a
+ * cluster at once. Else null. */
+static const MmaKernel *choose_cluster(const fad_attn_problem *p, const Plan &plan) {
+#ifdef FAD_HOPPER
+    const fad_schedule *forced = fad_core->forced_schedule();
+    const bool few = (forced->tile_rows ? forced->tile_rows : typical_rows(p)) <= DECODE_ROWS,
+               fits = p->split_size <= CLUSTER_KEYS || (p->Sk <= CLUSTER_KEYS && !p->k_pos),
+               wanted = forced->kernel == 0 || forced->kernel == 3;
+    if (plan.device.compute != 90 || !wanted || !few || !fits || !(plan.n_splits == 1 || may_spill(p, plan)))
+        return nullptr;
+    const MmaKernels table = p->dtype == FAD_BFLOAT16 ? hopper_cluster_bf16() : hopper_cluster_fp16();
+    const MmaKernel *kernel = table.begin;
+    while (kernel->dims < max(p->D, p->Dv))
+        kernel++;
+    const int64_t blocks = tile_bound(*p, DECODE_ROWS) * plan.n_splits * kernel->ranks;
+    const bool pays = min(p->Sk, p->split_size) >= CLUSTER_KEYS * 3 / 4 && blocks <= plan.device.multiprocessors;
+    return forced->kernel || pays ? kernel : nullptr;
+#else
+    (void)p, (void)plan;
+    return nullptr;
 #endif
 }
 
@@ -89,20 +119,22 @@ static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
     TRY(check_rows("k", p->k, entries, rows, p->Hk, p->D));
     TRY(check_rows("v", p->v, entries, rows, p->Hk, p->Dv));
     TRY(get_device(&plan->device));
-    choose_hopper(p, plan);
-    plan->kernel = plan->hopper ? &plan->hopper->shape : choose_kernel(p, plan->device);
+    plan->n_splits = most_splits(p);
+    plan->hopper = nullptr;
+    plan->kernel = choose_cluster(p, *plan);
+    if (!plan->kernel) {
+        choose_hopper(p, plan);
+        plan->kernel = plan->hopper ? &plan->hopper->shape : choose_kernel(p, plan->device);
+    }
     if (!plan->kernel)
         return fad_core->fail(FAD_UNSUPPORTED, "head dims %lld and %lld need more shared memory than this device has",
                               (long long)p->D, (long long)p->Dv);
     TRY(count_resident(*plan, &plan->resident));
     plan->n_tiles = tile_bound(*p, plan->kernel->rows);
-    plan->n_splits = most_splits(p);
-    plan->item_splits = split_run(*plan);
-    const int forced = fad_core->forced_schedule()->split_parallel;
-    /* Spilling pays where tiles alone leave multiprocessors idle, as long as the states are not larger than K and V. */
-    const double states = 4.0 * p->Sq * p->Hq * p->Dv * plan->n_splits, keys = 2.0 * p->Sk * p->Hk * (p->D + p->Dv);
-    const bool pays = states <= keys && plan->item_splits < plan->n_splits;
-    plan->spill = !p->cu_seqlens_q && plan->n_splits > 1 && (forced ? forced == 2 : pays);
+    plan->item_splits = plan->kernel->ranks > 1 ? 1 : split_run(*plan);
+    /* Spilling pays where tiles alone leave multiprocessors idle. */
+    const bool pays = plan->item_splits < plan->n_splits || fad_core->forced_schedule()->split_parallel == 2;
+    plan->spill = may_spill(p, *plan) && pays;
     return FAD_OK;
 }
 
@@ -121,6 +153,12 @@ static fad_status workspace(const fad_attn_problem *p, int32_t, size_t *bytes) {
     return FAD_OK;
 }
 
+static Work make_work(const fad_attn_problem *p, const Plan &plan, int64_t n_items, int64_t item_splits, void *rest,
+                      const fad_partials &partials) {
+    return {n_items, plan.n_tiles, item_splits,   nullptr,
+            rest,    partials,     ScoreRule(*p), DenseWork(*p, plan.kernel->rows, n_items, plan.n_tiles, item_splits)};
+}
+
 /* One thread block an item or, persistent, as many as the device holds at once. */
 static fad_status run(const fad_attn_problem *p, const Plan &plan, Work work, const fad_runtime *runtime) {
     const MmaKernel &kernel = *plan.kernel;
@@ -133,7 +171,8 @@ static fad_status run(const fad_attn_problem *p, const Plan &plan, Work work, co
     if (plan.hopper)
         return launch(plan.hopper->run, grid, kernel.threads, kernel.shared_bytes, runtime->stream, options, *p, work,
                       plan.k_map, plan.v_map);
-    return launch(kernel.run, grid, kernel.threads, kernel.shared_bytes, runtime->stream, options, *p, work);
+    return launch(kernel.run, grid * kernel.ranks, kernel.threads, kernel.shared_bytes, runtime->stream, options, *p,
+                  work);
 }
 
 /* Runs of splits of every tile. */
@@ -142,7 +181,7 @@ static fad_status run_splits(const fad_attn_problem *p, const Plan &plan, const 
     fad_partials of_splits = partials; /* a sink's state, if there is one, is not the kernel's */
     of_splits.n_splits = n_splits;
     const int64_t n_items = plan.n_tiles * runs_of(plan, n_splits);
-    return run(p, plan, {n_items, plan.n_tiles, plan.item_splits, nullptr, nullptr, of_splits, ScoreRule(*p)}, runtime);
+    return run(p, plan, make_work(p, plan, n_items, plan.item_splits, nullptr, of_splits), runtime);
 }
 
 static fad_status forward(const fad_attn_problem *p, const fad_runtime *runtime) {
@@ -152,8 +191,7 @@ static fad_status forward(const fad_attn_problem *p, const fad_runtime *runtime)
     TRY(make_plan(p, &plan));
     char *const after_counter = (char *)runtime->workspace + COUNTER_BYTES;
     if (!plan.spill) /* every tile with all its splits */
-        return run(p, plan, {plan.n_tiles, plan.n_tiles, plan.n_splits, nullptr, after_counter, {}, ScoreRule(*p)},
-                   runtime);
+        return run(p, plan, make_work(p, plan, plan.n_tiles, plan.n_splits, after_counter, {}), runtime);
     lay_out_partials(p, plan.n_splits, after_counter, &partials);
     TRY(run_splits(p, plan, partials, plan.n_splits, runtime));
     return fold_partials(p, partials, runtime->stream);

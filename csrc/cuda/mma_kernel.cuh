@@ -5,6 +5,8 @@
 
 #include "work.cuh"
 
+constexpr int DECODE_ROWS = 16; /* of a tile of the kernels for few rows */
+
 struct MmaKernel {
     int rows, dims; /* rows of its tile; largest D and Dv */
     int threads;
@@ -12,6 +14,7 @@ struct MmaKernel {
     size_t shared_bytes, /* of a thread block, */
         rest_bytes;      /* and where its running O rests, in the workspace */
     void (*run)(fad_attn_problem, Work);
+    int ranks = 1; /* thread blocks of a cluster, which share an item */
 };
 
 /* By rows, then by dims, ascending. */
@@ -20,5 +23,9 @@ struct MmaKernels {
 };
 template <int N> static MmaKernels list_kernels(const MmaKernel (&table)[N]) { return {table, table + N}; }
 MmaKernels mma_decode_bf16(), mma_decode_fp16(), mma_tile_bf16(), mma_tile_fp16();
+
+/* Kernels whose clusters share a split, with the keys that a split may have. */
+constexpr int CLUSTER_BLOCKS = 8, CLUSTER_KEYS = CLUSTER_BLOCKS * FAD_MMA_BLOCK_KV;
+MmaKernels hopper_cluster_bf16(), hopper_cluster_fp16();
 
 #endif

@@ -5,6 +5,28 @@
 #include "locate.cuh"
 #include "score_rule.cuh"
 
+/* What finds items of dense calls of ordinary size fast: nothing is as slow as the first thousand instructions of a thread
+ * block, which come from memory. */
+struct DenseWork {
+    bool valid; /* no offsets of rows or positions, and 32 bits hold all numbers */
+    int n_tiles, sequence_tiles, head_tiles, item_splits, group_size;
+    Divisor tiles, sequence, head, group, split;
+    int left, right, split_keys; /* as in fad_attn_problem; unbounded is more than any sequence */
+
+    static constexpr int64_t MOST = INT64_C(1) << 29;
+    static int bounded(int64_t x) { return x < 0 || x > MOST ? (int)MOST : (int)x; }
+
+    __host__ DenseWork(const fad_attn_problem &p, int rows, int64_t n_items, int64_t tiles_, int64_t item_splits_)
+        : n_tiles(bounded(tiles_)), sequence_tiles(n_tiles / (int)max(p.B, (int64_t)1)),
+          head_tiles(sequence_tiles / (int)max(p.Hk, (int64_t)1)), item_splits(bounded(item_splits_)),
+          group_size(bounded(fad_group(&p))), tiles(max(n_tiles, 1)), sequence(max(sequence_tiles, 1)),
+          head(max(head_tiles, 1)), group(group_size), split(bounded(p.split_size)), left(bounded(p.window_left)),
+          right(p.causal ? 0 : bounded(p.window_right)), split_keys(bounded(p.split_size)) {
+        valid = !p.cu_seqlens_q && !p.cu_seqlens_k && !p.k_pos && n_items < MOST && p.Sk < MOST &&
+                p.Sq * fad_group(&p) + rows < MOST;
+    }
+};
+
 /* n_items items: the tiles, or with partials.o the tiles of each run of item_splits splits, tile = item % n_tiles. With
  * a counter, which starts at 0, a thread block takes the next item whenever it has finished one; without, block i takes
  * item i. */
@@ -14,6 +36,7 @@ struct Work {
     void *rest;            /* where a thread block's running O rests between splits */
     fad_partials partials; /* null unless splits are spilled */
     ScoreRule rule;
+    DenseWork dense;
 };
 
 /* The next item of this thread block, taken by one warp. */
@@ -88,9 +111,85 @@ static __device__ void set_key_range(const fad_attn_problem &p, const Tile &t, i
     range.to_split_end = (int)min((split + 1) * split_blocks - range.first / FAD_MMA_BLOCK_KV, (int64_t)INT32_MAX);
 }
 
+/* An item of a dense call: a run of splits, and a tile, which begins with row row0 of a sequence and kv head. */
+struct DenseItem {
+    int nth, b, head, row0;
+    __device__ __forceinline__ DenseItem(const DenseWork &dense, int rows, unsigned number) {
+        nth = dense.tiles.quotient(number);
+        const unsigned tile = number - nth * dense.n_tiles;
+        b = dense.sequence.quotient(tile);
+        const unsigned of_sequence = tile - b * dense.sequence_tiles;
+        head = dense.head.quotient(of_sequence);
+        row0 = (dense.head_tiles - 1 - (int)(of_sequence - head * dense.head_tiles)) * rows; /* as in locate_tile */
+    }
+};
+
+/* find_item() where DenseWork holds, in few instructions, by one thread: the tile, */
+static __device__ void find_dense_tile(const fad_attn_problem &p, const DenseWork &dense, int rows, unsigned number,
+                                       Tile &t) {
+    const DenseItem item(dense, rows, number);
+    const int i0 = dense.group.quotient(item.row0), group = dense.group_size;
+    fad_attn_problem plain = p; /* what the compiler knows of it makes fad_get_sequence short */
+    plain.cu_seqlens_q = plain.cu_seqlens_k = plain.k_pos = nullptr;
+    plain.B = INT64_MAX;
+    t.seq = fad_get_sequence(&plain, item.b);
+    t.exists = true;
+    t.head_k = item.head;
+    t.i0 = i0;
+    t.g0 = item.row0 - i0 * group;
+    t.group = group;
+    t.n_rows = min(rows, (int)p.Sq * group - item.row0);
+    t.n_active = min(max((int)t.seq.span.n_q * group - item.row0, 0), t.n_rows);
+}
+
+/* and its keys, as in fad_get_sequence and set_key_range. */
+static __device__ void find_dense_keys(const fad_attn_problem &p, const Work &work, int rows, unsigned number,
+                                       KeyRange &range) {
+    const DenseWork &dense = work.dense;
+    const DenseItem item(dense, rows, number);
+    const int keys = (int)p.Sk - (p.leftpad_k ? min(max(p.leftpad_k[item.b], 0), (int)p.Sk) : 0);
+    const int n_k = p.seqused_k ? min(max(p.seqused_k[item.b], 0), keys) : keys;
+    const int n_q = p.seqused_q ? min(max(p.seqused_q[item.b], 0), (int)p.Sq) : (int)p.Sq;
+    const int end = min(item.row0 + rows, n_q * dense.group_size);      /* of the active rows */
+    const int first = n_k - n_q + (int)dense.group.quotient(item.row0), /* positions */
+        last = n_k - n_q + (int)dense.group.quotient(end - 1);
+    const int from = item.nth * dense.item_splits;
+    int lo = max(max(first - dense.left, 0), from * dense.split_keys), hi = min(last + dense.right + 1, n_k);
+    range.split = range.from = from;
+    range.to = MOST_SPLITS;
+    if (work.partials.o) {
+        const int to = min(from + dense.item_splits, (int)work.partials.n_splits);
+        hi = min(hi, to * dense.split_keys);
+        range.to = to;
+    }
+    range.first = range.blocks = 0;
+    if (hi <= lo || end <= item.row0)
+        return;
+    const int split = dense.split.quotient(lo), first_block = lo / FAD_MMA_BLOCK_KV,
+              first_key = first_block * FAD_MMA_BLOCK_KV;
+    range.first = first_key;
+    range.lo = lo - first_key;
+    range.hi = hi - first_key;
+    range.blocks = (range.hi + FAD_MMA_BLOCK_KV - 1) / FAD_MMA_BLOCK_KV;
+    const int whole_lo = min(max(last - dense.left - first_key, 0), range.hi),
+              whole_hi = min(max(min(first + dense.right + 1, n_k) - first_key, 0), range.hi);
+    range.whole = (whole_lo + FAD_MMA_BLOCK_KV - 1) / FAD_MMA_BLOCK_KV;
+    range.n_whole = max(whole_hi / FAD_MMA_BLOCK_KV - range.whole, 0);
+    range.split_blocks = dense.split_keys / FAD_MMA_BLOCK_KV;
+    range.to_split_end = (split + 1) * range.split_blocks - first_block;
+    range.split = split;
+}
+
 /* Which tile and keys an item is, into shared memory, by one warp; false if there is nothing in it. */
 static __device__ bool find_item(const fad_attn_problem &p, const Work &work, int rows, int64_t number, Tile &shared,
                                  KeyRange &range) {
+    if (work.dense.valid) {
+        if (threadIdx.x % 32 == 0) {
+            find_dense_tile(p, work.dense, rows, (unsigned)number, shared);
+            find_dense_keys(p, work, rows, (unsigned)number, range);
+        }
+        return true;
+    }
     const int64_t nth = fad_quotient(number, work.n_tiles); /* run of splits */
     const bool exists = locate_tile(p, rows, number - nth * work.n_tiles, shared);
     if (exists && threadIdx.x % 32 == 0) {
@@ -101,11 +200,17 @@ static __device__ bool find_item(const fad_attn_problem &p, const Work &work, in
     return exists;
 }
 
-/* The same for a whole thread block. */
+/* The same for a whole thread block, two warps of which share the work where they can. */
 static __device__ bool share_item(const fad_attn_problem &p, const Work &work, int rows, int64_t number, Tile &t,
                                   KeyRange &range) {
-    if (threadIdx.x < 32)
+    if (work.dense.valid) {
+        if (threadIdx.x == 0)
+            find_dense_tile(p, work.dense, rows, (unsigned)number, t);
+        else if (threadIdx.x == 32)
+            find_dense_keys(p, work, rows, (unsigned)number, range);
+    } else if (threadIdx.x < 32) {
         find_item(p, work, rows, number, t, range);
+    }
     __syncthreads(); /* tile and range may be read */
     return t.exists;
 }

@@ -18,7 +18,7 @@ from flash_attn_det.commands.libraries import Library, Ours, Rows
 
 # Every choice of the scheduler. The fma family has one kernel, of which the third says nothing.
 TILE_ROWS = {"mma": (16, 64, 128), "fma": (4, 16, 64)}
-KERNELS = {"mma": ("generic", "hopper"), "fma": (None,)}
+KERNELS = {"mma": ("generic", "hopper", "cluster"), "fma": (None,)}
 STREAMS = 4
 
 

@@ -258,7 +258,7 @@ static void constants(void) {
 
 static void schedules(void) {
     const fad_schedule bad[] = {{.layout = 3},         {.layout = -1}, {.tile_rows = 257}, {.tile_rows = -1},
-                                {.split_parallel = 3}, {.kernel = 3},  {.kernel = -1}};
+                                {.split_parallel = 3}, {.kernel = 4},  {.kernel = -1}};
     const fad_schedule unknown = {.isa = "abacus"};
     const fad_attn_problem p = dense();
     const fad_runtime r = runtime();

@@ -1,0 +1,10 @@
+#include "hopper_cluster.cuh"
+
+MmaKernels hopper_cluster_bf16() {
+    static const MmaKernel kernels[] = {
+        hopper_cluster_of<ClusterShape<FAD_BFLOAT16, 64>>(),
+        hopper_cluster_of<ClusterShape<FAD_BFLOAT16, 128>>(),
+        hopper_cluster_of<ClusterShape<FAD_BFLOAT16, 256>>(),
+    };
+    return list_kernels(kernels);
+}

@@ -1,0 +1,10 @@
+#include "hopper_cluster.cuh"
+
+MmaKernels hopper_cluster_fp16() {
+    static const MmaKernel kernels[] = {
+        hopper_cluster_of<ClusterShape<FAD_FLOAT16, 64>>(),
+        hopper_cluster_of<ClusterShape<FAD_FLOAT16, 128>>(),
+        hopper_cluster_of<ClusterShape<FAD_FLOAT16, 256>>(),
+    };
+    return list_kernels(kernels);
+}
