@@ -227,6 +227,17 @@ def test_peers_are_those_that_run_the_case():
     assert "FlexAttention" not in [peer.name for peer in peers.peers(flex=False)]
 
 
+@pytest.mark.parametrize("Hk", [1, 2, 4])
+def test_peer_without_grouped_heads_gets_copies_of_keys(Hk: int):
+    def prepare(case, q, k, v):
+        assert case.Hk == case.Hq == k.shape[-2] == v.shape[-2]
+        return peers.Prepared(lambda: fad.attn(q, k, v, causal=case.causal))
+
+    case = replace(CUDA_SMALL, Hk=Hk, dtype="float32")
+    q, k, v = case.tensors("cpu")
+    assert torch.equal(peers._ungrouped(prepare)(case, q, k, v).call(), fad.attn(q, k, v, causal=True))
+
+
 def test_packages_are_peers_where_they_are_installed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object() if name == "flashinfer" else None)
     assert [peer.name for peer in peers.peers(flex=False)][-1] == "FlashInfer"
@@ -243,7 +254,9 @@ def test_refusal_is_one_line_with_the_warnings_that_explain_it():
 
 @needs_gpu
 @pytest.mark.parametrize(
-    "case", [CUDA_SMALL, CUDA_DECODE, replace(CUDA_PACKED, dtype="bfloat16")], ids=lambda c: c.kind
+    "case",
+    [CUDA_SMALL, replace(CUDA_SMALL, dtype="float32"), CUDA_DECODE, replace(CUDA_PACKED, dtype="bfloat16")],
+    ids=lambda c: f"{c.kind} {c.dtype}",
 )
 def test_gpu_case_is_timed_and_gives_its_memory_back(case: cases.CudaCase):
     contest.measure_case(case, peers.peers(flex=False), 0.01)  # what libraries keep for good

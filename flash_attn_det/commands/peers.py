@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -68,6 +68,16 @@ def _sdpa(backend: SDPBackend) -> Callable[..., Prepared]:
         return Prepared(call, lambda out: out.transpose(1, 2))
 
     return prepare
+
+
+def _ungrouped(prepare: Callable[..., Prepared]) -> Callable[..., Prepared]:
+    """For an attention without grouped heads: k and v get a copy for each query head before the clock runs."""
+
+    def prepare_copies(case: CudaCase, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Prepared:
+        k, v = (x.repeat_interleave(case.Hq // case.Hk, -2) for x in (k, v))
+        return prepare(replace(case, Hk=case.Hq), q, k, v)
+
+    return prepare_copies
 
 
 def _sdpa_padded(backend: SDPBackend) -> Callable[..., Prepared]:
@@ -169,7 +179,11 @@ OURS = Peer("ours", lambda case: True, _ours(lambda case: None))
 _BUILT_IN = [
     Peer("FA2", _dense16, _sdpa(SDPBackend.FLASH_ATTENTION)),
     Peer("cuDNN", _dense16, _sdpa(SDPBackend.CUDNN_ATTENTION)),
-    Peer("efficient", lambda case: _dense(case) and case.dtype == "float32", _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
+    Peer(
+        "efficient",
+        lambda case: _dense(case) and case.dtype == "float32",
+        _ungrouped(_sdpa(SDPBackend.EFFICIENT_ATTENTION)),
+    ),
     Peer("varlen_attn", _packed, _varlen_attn),
     Peer("nested", _packed, _sdpa_nested),
     Peer("FA2 padded", _packed, _sdpa_padded(SDPBackend.FLASH_ATTENTION)),
@@ -184,7 +198,8 @@ _PACKAGES = [
 ]
 LEGEND = (
     "FA2, cuDNN and efficient are torch's scaled_dot_product_attention with that kernel; varlen_attn is torch's for "
-    "packed sequences, nested its jagged tensors, padded its dense form on sequences filled up to the longest."
+    "packed sequences, nested its jagged tensors, padded its dense form on sequences filled up to the longest. "
+    "efficient has no grouped heads: it gets a copy of k and v for each query head, made before the clock runs."
 )
 
 
