@@ -43,10 +43,11 @@ FAD_FN float fad_tensor_core_round(double x) {
 
 /* c + the sum of a[i] * b[i], i < n. The exact products and c are cut toward zero to fraction_bits below the largest
  * exponent, that of a product being the sum of its factors' (so it may be in [2, 4)); then they are added exactly and the
- * sum is cut toward zero to fp32. Zeros take no part. If anything is not finite, the result is what IEEE addition gives,
- * some NaN or an infinity. Doubles are used as integers: nothing but the two cuts rounds. */
+ * sum is cut toward zero to fp32. Products that are zero take no part; c does also where it is zero, with the exponent of
+ * fp32's subnormal numbers. If anything is not finite, the result is what IEEE addition gives, some NaN or an infinity.
+ * Doubles are used as integers: nothing but the two cuts rounds. */
 FAD_FN float fad_tensor_core_sum(fad_tensor_core core, const float *a, const float *b, int n, float c) {
-    int largest = c != 0 ? fad_tensor_core_exponent(c, -126) : INT32_MIN;
+    int largest = fad_tensor_core_exponent(c, -126);
     double total = (double)c, unit;
     for (int i = 0; i < n; i++)
         total += (double)a[i] * (double)b[i];
@@ -58,8 +59,6 @@ FAD_FN float fad_tensor_core_sum(fad_tensor_core core, const float *a, const flo
                           fad_tensor_core_exponent(b[i], core.least_exponent);
             largest = e > largest ? e : largest;
         }
-    if (largest == INT32_MIN)
-        return 0;
     unit = fad_f64_from_bits((uint64_t)(1023 + core.fraction_bits - largest) << 52); /* of the sum, per 1 */
     total = (double)(int64_t)((double)c * unit);
     for (int i = 0; i < n; i++)
