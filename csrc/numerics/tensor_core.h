@@ -11,6 +11,8 @@
 
 #include "real.h"
 
+enum { FAD_TENSOR_CORE_ZERO = -133 }; /* exponent of an accumulator that is 0 */
+
 /* How a generation of tensor cores adds products of 16-bit numbers to fp32. */
 typedef struct fad_tensor_core {
     int products;       /* of one sum; a k = 16 step is 16 / products sums, one after the other */
@@ -43,11 +45,11 @@ FAD_FN float fad_tensor_core_round(double x) {
 
 /* c + the sum of a[i] * b[i], i < n. The exact products and c are cut toward zero to fraction_bits below the largest
  * exponent, that of a product being the sum of its factors' (so it may be in [2, 4)); then they are added exactly and the
- * sum is cut toward zero to fp32. Products that are zero take no part; c does also where it is zero, with the exponent of
- * fp32's subnormal numbers. If anything is not finite, the result is what IEEE addition gives, some NaN or an infinity.
- * Doubles are used as integers: nothing but the two cuts rounds. */
+ * sum is cut toward zero to fp32. Products that are zero take no part; c = 0 does, as if its exponent were -133, which only
+ * products of bf16 are small enough to notice. If anything is not finite, the result is what IEEE addition gives, some NaN
+ * or an infinity. Doubles are used as integers: nothing but the two cuts rounds. */
 FAD_FN float fad_tensor_core_sum(fad_tensor_core core, const float *a, const float *b, int n, float c) {
-    int largest = fad_tensor_core_exponent(c, -126);
+    int largest = c != 0 ? fad_tensor_core_exponent(c, -126) : FAD_TENSOR_CORE_ZERO;
     double total = (double)c, unit;
     for (int i = 0; i < n; i++)
         total += (double)a[i] * (double)b[i];
