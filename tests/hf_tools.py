@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import inspect
 
 import pytest
 import torch
@@ -88,11 +87,3 @@ def padding(kind, batch=3, length=9):
 def worst(a, b, mask=None):
     difference = (a - b).abs()
     return (difference if mask is None else difference[mask.bool()]).max().item()
-
-
-def continuous_batching(**options):
-    """A configuration with pages of 16 rows, whose size has had two names."""
-    names = inspect.signature(transformers.ContinuousBatchingConfig).parameters
-    return transformers.ContinuousBatchingConfig(
-        **{"page_size" if "page_size" in names else "block_size": 16}, **options
-    )

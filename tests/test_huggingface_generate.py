@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_tools import DECODERS, TOLERANCE, build, continuous_batching, model, padding, tokens, transformers, worst
+from hf_tools import DECODERS, TOLERANCE, build, model, padding, tokens, transformers, worst
 
 from flash_attn_det.integrations import huggingface as hf
 
@@ -118,7 +118,7 @@ def test_continuous_batching(name, monkeypatch):
     ids = tokens(3, 20)
     prompts = [ids[0].tolist(), ids[1, :3].tolist(), ids[2, :11].tolist()]
     config = transformers.GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    small = continuous_batching(num_blocks=16, max_batch_tokens=64)
+    small = transformers.ContinuousBatchingConfig(num_blocks=16, page_size=16, max_batch_tokens=64)
     outputs = build(name, hf.NAME).generate_batch(
         prompts, generation_config=config, continuous_batching_config=small, progress_bar=False
     )

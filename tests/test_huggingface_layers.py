@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from hf_tools import CONFIGS, DECODERS, ENCODERS, build, continuous_batching, tokens, transformers
+from hf_tools import CONFIGS, DECODERS, ENCODERS, build, tokens, transformers
 from transformers.modeling_utils import AttentionInterface
 
 from flash_attn_det.integrations import huggingface as hf
@@ -191,7 +191,7 @@ def test_continuous_batching(name, monkeypatch):
     ids = prompts()
     requests = [ids[0].tolist(), ids[1, :3].tolist(), ids[2, :77].tolist()]
     config = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    small = continuous_batching(num_blocks=32, max_batch_tokens=160)
+    small = transformers.ContinuousBatchingConfig(num_blocks=32, page_size=16, max_batch_tokens=160)
     model(name).generate_batch(requests, generation_config=config, continuous_batching_config=small, progress_bar=False)
     sequences = 0
     for (q, k, v, cu_q, cu_k), options, out in packed:
