@@ -1,11 +1,13 @@
 /* What two GPU instructions of the mma family compute (N7), in plain C: a step of a tensor core, and
  * ex2.approx.ftz.f32. With them a CPU repeats bit for bit what a GPU did; no kernel of a GPU needs this file.
  *
- * Measured on an H200, where none of 200,000 results differs in each class of operands (normal, any finite bits, subnormal,
- * zeros beside large factors, overflow, Inf and NaN; fp16 and bf16): the step of compute capability 9.0. Measured on an
- * H100 before: normal numbers (none of 576,000), and ex2 for every argument with 2^-60 <= |x|, -126 < x < 64 (none of
- * 1,115,422,719); on the H200 ex2 of any bits (none of 8,438,062). tests/cuda/tensor_core.cu measures both again. Published
- * by others and not measured by us: the step of compute capability 8.0. */
+ * Measured on an H100 and on an H200, where none of 200,000 results differs in each class of operands (normal, any finite
+ * bits, subnormal, zeros beside large factors, overflow, Inf and NaN; fp16 and bf16): the step of compute capability 9.0;
+ * and none of 8,438,062 results of ex2 of any bits. On the H100 also normal numbers (none of 576,000), and ex2 for every
+ * argument with 2^-60 <= |x|, -126 < x < 64 (none of 1,115,422,719). What an accumulator of 0 does was fitted to results of
+ * the H100 (docs/audit.md). tests/cuda/tensor_core.cu measures all of it again. Published by others and not measured by us:
+ * the step of compute capability 8.0.
+ */
 #ifndef FAD_NUMERICS_TENSOR_CORE_H
 #define FAD_NUMERICS_TENSOR_CORE_H
 
