@@ -5,6 +5,8 @@ whoever computed them. So a rank computes the states of the splits that it holds
 folds all of them: the same additions in the same order, however many ranks there are. Letters as in attention.py.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from .attention import _check_tensor, _family, _lengths, _window, attn_partials
 from .determinism import resolve_split_size
 from .merge import _FORMATS, Partials, merge_partials
+from .ops import compute_dtype
 
 _STATE_BYTES = 1 << 28  # of all states of the query rows that are exchanged at a time
 
@@ -174,7 +177,7 @@ def attn_sharded(
     The other arguments as in attn; there are no alibi_slopes.
 
     Each rank sends (Dv + 2) numbers of the compute dtype for each of its splits, query rows and heads. Many query rows
-    are taken some at a time, so that no rank holds more than 256 MiB of states and as much again to exchange them.
+    are taken some at a time: those whose states, of all ranks, fit into 256 MiB.
 
     Returns out [B, Sq, Hq, Dv] in q's dtype; with return_lse also lse [B, Hq, Sq] in the compute dtype. Raises as
     attn_partials does (it has no gradients); ValueError for sizes that do not fit the ranks, k, or the split size.
@@ -200,8 +203,8 @@ def attn_sharded(
         sink = attn_partials(q[:, first:end], k[:, :0], v[:, :0], sinks=sinks, **options)
         return Partials(*(torch.cat(pair) for pair in zip(every[:3], sink[:3])), every.dtype)
 
-    numbers = max(1, len(sizes) * max(counts)) * q.shape[0] * q.shape[2] * (v.shape[-1] + 2)
-    block = max(1, _STATE_BYTES // max(1, 4 * numbers))
+    numbers = len(sizes) * max(counts) * q.shape[0] * q.shape[2] * (v.shape[-1] + 2)  # of a query row
+    block = max(1, _STATE_BYTES // max(1, numbers * compute_dtype(q.dtype).itemsize))
     parts = [
         merge_partials(states(first, min(rows, first + block)), return_lse=True)
         for first in range(0, max(rows, 1), block)
