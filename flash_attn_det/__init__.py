@@ -1,6 +1,6 @@
 """Deterministic, batch-invariant attention. Scheduling is free, arithmetic is fixed."""
 
-from . import integrations
+from . import distributed, integrations
 from ._version import __version__
 from .attention import attn, attn_partials, attn_varlen
 from .audit import AuditError, AuditReport, AuditSummary, audit, audited
@@ -38,6 +38,7 @@ __all__ = [
     "audit",
     "audited",
     "contract",
+    "distributed",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",

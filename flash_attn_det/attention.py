@@ -114,6 +114,14 @@ def _unpadded(values: Tensor, v: Tensor) -> Tensor:
     return values if values.shape[-1] == v.shape[-1] else values[..., : v.shape[-1]].contiguous()
 
 
+def _family(q: Tensor, arithmetic: str) -> str:
+    """Of a call: "fma" or "mma"."""
+    if arithmetic not in _ARITHMETIC:
+        raise ValueError(f"arithmetic is {arithmetic!r}, expected one of {', '.join(map(repr, _ARITHMETIC))}")
+    on_tensor_cores = ops.on_tensor_cores(q, _ARITHMETIC[arithmetic])
+    return "mma" if arithmetic.startswith("mma") or on_tensor_cores else "fma"
+
+
 def _arguments(
     q, k, v, *, causal, scale, window, softcap, alibi_slopes, sinks, split_size, arithmetic,
     cu_seqlens=None, seqused_q=None, seqused_k=None, leftpad_k=None, k_pos=None, cache_batch_idx=None, block_table=None,
@@ -150,12 +158,8 @@ def _arguments(
         cu_seqlens_q = _lengths("cu_seqlens_q", cu_seqlens[0], q, no_lengths, 1)
         cu_seqlens_k = _lengths("cu_seqlens_k", cu_seqlens[1], q, no_lengths, 1)
         batch = cu_seqlens_q.shape[0] - 1
-    if arithmetic not in _ARITHMETIC:
-        raise ValueError(f"arithmetic is {arithmetic!r}, expected one of {', '.join(map(repr, _ARITHMETIC))}")
-    head_dim = q.shape[-1]
-    on_tensor_cores = ops.on_tensor_cores(q, _ARITHMETIC[arithmetic])
-    family = "mma" if arithmetic.startswith("mma") or on_tensor_cores else "fma"
-    if on_tensor_cores:
+    family, head_dim = _family(q, arithmetic), q.shape[-1]
+    if ops.on_tensor_cores(q, _ARITHMETIC[arithmetic]):
         q, k, v = map(ops.for_tensor_cores, (q, k, v))
     return (
         q, k, v, cu_seqlens_q, cu_seqlens_k,

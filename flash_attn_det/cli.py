@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bench.add_argument(
         "--only",
-        choices=("prefill", "decode", "few", "short", "fork", "split", "backward"),
+        choices=("prefill", "decode", "paged", "few", "short", "fork", "split", "backward"),
         nargs="+",
         help="some of the groups; the CPU has prefill, decode and backward",
     )

@@ -15,13 +15,18 @@ _LN2 = float.fromhex("0x1.62e42fefa39efp-1")
 
 
 class _Format(NamedTuple):
-    """What the bit tricks need to know of a float format. Its empty state's m is -2^-min_exponent."""
+    """What the bit tricks need to know of a float format."""
 
     integer: torch.dtype
     mantissa_bits: int
     min_exponent: int
     sqrt_half: int  # bits of sqrt(1/2), rounded
     log2_degree: int
+
+    @property
+    def empty_m(self) -> float:
+        """m of the state of no key."""
+        return -(2.0**-self.min_exponent)
 
 
 _FORMATS = {
@@ -87,7 +92,7 @@ def merge_partials(partials: Partials, *, return_lse: bool = False) -> Tensor | 
             "o [C, B, Sq, Hq, Dv], m and l [C, B, Hq, Sq]"
         )
     o = states_o.new_zeros(batch, rows, heads, value_dim)
-    m = states_m.new_full((batch, heads, rows), -(2.0 ** -_FORMATS[states_m.dtype].min_exponent))
+    m = states_m.new_full((batch, heads, rows), _FORMATS[states_m.dtype].empty_m)
     l = states_l.new_zeros(batch, heads, rows)
     for o_c, m_c, l_c in zip(states_o, states_m, states_l, strict=True):  # N8
         m_new = torch.maximum(m, m_c)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 transformers = pytest.importorskip(
     "transformers", minversion="5.0", reason="needs transformers >= 5: pip install 'flash-attn-det[hf]'"
 )
+
+importlib.import_module("transformers.modeling_utils")  # as every model does: it registers flash_attn_det
 
 VOCABULARY = 99
 TOLERANCE = 3e-5  # logits here reach 9, computed in fp32 through two to four layers

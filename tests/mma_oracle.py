@@ -20,6 +20,7 @@ from flash_attn_det import reference_steps as steps
 STEP = 16  # products of one matrix instruction
 BLOCK = contract()["MMA_BLOCK_KV"]  # N3
 FRACTION = 25  # bits that a step keeps below its largest exponent
+ZERO_EXPONENT = -133  # of an accumulator
 LOWEST_EXPONENT = {torch.float16: -14, torch.bfloat16: -126, torch.float32: -126}
 _FP32 = steps._FP32
 
@@ -58,13 +59,15 @@ def matrix_step(acc: np.ndarray, a: np.ndarray, b: np.ndarray, dtype: torch.dtyp
     acc [...] and the result: values of fp32; a, b [..., 16]: values of the 16-bit dtype; all held in float64, all
     finite. The exact products and acc are aligned to the largest exponent among them, where that of a product is the
     sum of its factors' (it may lie in [2, 4)) and a subnormal number has its format's smallest; each is cut to 25
-    fraction bits, they are added, and the sum is cut to fp32. Zeros take no part: a sum of nothing is +0.
+    fraction bits, they are added, and the sum is cut to fp32. Products that are zero take no part; acc = 0 does, with
+    an exponent of its own. A sum of nothing is +0.
     """
     (a, a_exponent), (b, b_exponent) = (_parts(x, LOWEST_EXPONENT[dtype]) for x in (a, b))
     c, c_exponent = _parts(acc[..., None], LOWEST_EXPONENT[torch.float32])
     terms = np.concatenate([(a >> 12) * (b >> 12), c], -1)  # 12 bits hold a factor of either format
     exponents = np.concatenate([a_exponent + b_exponent, c_exponent], -1)
     exponents = np.where(terms == 0, -1000, exponents)
+    exponents[..., -1:] = np.where(c == 0, ZERO_EXPONENT, c_exponent)
     largest = exponents.max(-1, keepdims=True)
     fraction = np.where(np.arange(terms.shape[-1]) < a.shape[-1], 22, 23)  # bits below its exponent
     total = _shifted(terms, exponents - largest + FRACTION - fraction).sum(-1)

@@ -127,6 +127,28 @@ def test_backward_is_timed_without_its_forward():
         assert_bits_equal(a, b)
 
 
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_backward_without_grouped_heads_gets_copies_of_keys(heads_first: bool):
+    case = replace(SMALL_BACKWARD, dtype="float32")
+    shapes = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        shapes.append((q.shape, k.shape, v.shape))
+        q, k, v = (x.transpose(1, 2) if heads_first else x for x in (q, k, v))
+        out = fad.attn(q, k, v, causal=case.causal)
+        return out.transpose(1, 2) if heads_first else out
+
+    inputs = case.tensors()
+    dout = gradients.upstream(case, inputs[0])
+    call, ours = gradients.backward_of(attend, inputs, dout, heads_first, copies=case.Hq // case.Hk)
+    (shape,) = {shape for call_shapes in shapes for shape in call_shapes}
+    assert shape == ((case.B, case.Hq, case.Sk, case.D) if heads_first else (case.B, case.Sk, case.Hq, case.D))
+    assert [x.shape for x in call()] == [shape] * 3
+    found = ours(call())
+    assert [x.shape for x in found] == [x.shape for x in inputs]
+    assert max(gradients.errors(case, found, gradients.exact(case, *inputs, dout))) < 1e-6
+
+
 def test_bench_draws(short, tmp_path: Path):
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     target = tmp_path / "ratios.png"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_tools import CEILINGS, CUDA_BACKWARD, CUDA_DECODE, CUDA_PACKED, CUDA_SMALL, figures, results
+from bench_tools import CEILINGS, CUDA_BACKWARD, CUDA_DECODE, CUDA_PACKED, CUDA_PAGED, CUDA_SMALL, figures, results
 
 import flash_attn_det as fad
 from flash_attn_det import cli
@@ -21,6 +21,7 @@ from flash_attn_det.commands import (
     contest_backward,
     machine,
     measure,
+    pages,
     peers,
     plot,
     tables,
@@ -34,7 +35,7 @@ def test_cuda_cases_cover_every_group():
     everything = cases.cuda_cases()
     assert list(dict.fromkeys(case.kind for case in everything)) == list(cases.GROUPS)
     assert len(set(everything)) == len(everything)
-    assert all(case.replay == (case.kind in ("decode", "few")) for case in everything)
+    assert all(case.replay == (case.kind in ("decode", "paged", "few")) for case in everything)
     assert {case.kind for case in everything if case.quick} == set(cases.GROUPS)
     by_kind = {kind: [case for case in everything if case.kind == kind] for kind in cases.GROUPS}
     assert {(c.D, c.causal) for c in by_kind["prefill"] if c.dtype == "float32"} == {
@@ -48,6 +49,8 @@ def test_cuda_cases_cover_every_group():
     assert len(packed.packed) == packed.B == 64
     assert min(packed.packed) >= 128
     assert max(packed.packed) == packed.Sk <= 4096
+    assert all((case.page_size > 0) == (case.kind == "paged") for case in everything)
+    assert {case.page_size for case in by_kind["paged"]} == {16, 64}
     (limited,) = (case for case in everything if case.memory_limit)
     assert (limited.B, limited.Sq, limited.Hq, limited.D, limited.dtype) == (4, 2048, 32, 64, "float16")
     assert limited.memory_limit == 34 << 20
@@ -60,6 +63,58 @@ def test_work_of_a_packed_case():
     assert CUDA_PACKED.starts() == [0, 70, 71, 104]
     assert CUDA_PACKED.shape == "B 3, L 1 to 70, H 2, D 16, causal"
     assert [x.shape for x in CUDA_PACKED.tensors("cpu")] == [(104, 2, 16)] * 3
+
+
+def test_pages_hold_the_keys_of_the_case():
+    q, k, v = CUDA_PAGED.tensors("cpu")
+    pool = pages.pool(CUDA_PAGED, k, v)
+    assert CUDA_PAGED.shape == f"{CUDA_DECODE.shape}, pages of 16"
+    assert pool.k.shape == pool.v.shape == (2 * 19, 16, 2, 16)
+    assert pool.block_table.flatten().sort().values.tolist() == list(range(38))
+    assert pool.block_table.flatten().tolist() != list(range(38))
+    for x, paged in ((k, pool.k), (v, pool.v)):
+        assert torch.equal(paged[pool.block_table].flatten(1, 2)[:, :300], x)
+    want = pages.one_buffer(CUDA_PAGED, q, k, v).call()
+    assert torch.equal(pages.ours(CUDA_PAGED, q, k, v).call(), want)
+    assert torch.equal(peers.OURS.prepare(CUDA_PAGED, q, k, v).call(), want)
+
+
+class Wrapper:
+    """FlashInfer's, as far as the benchmark knows it."""
+
+    def __init__(self, workspace, layout, use_tensor_cores):
+        assert (workspace.dtype, layout) == (torch.uint8, "NHD")
+        self.planned = {"use_tensor_cores": use_tensor_cores}
+
+    def plan(self, starts, pages, last, *shape, **options):
+        self.planned |= {"starts": starts, "pages": pages, "last": last, "shape": shape, **options}
+
+    def run(self, q, caches):
+        table, last = self.planned["pages"].view(len(q), -1), self.planned["last"]
+        used = (table.shape[1] - 1) * self.planned["shape"][-1] + last
+        return fad.attn_with_kvcache(q[:, None], *caches, cache_seqlens=used, block_table=table)[:, 0]
+
+
+def test_flashinfer_is_given_the_pages_of_the_case(monkeypatch: pytest.MonkeyPatch):
+    wrappers = []
+
+    class Package:
+        @staticmethod
+        def BatchDecodeWithPagedKVCacheWrapper(*arguments, **keywords):
+            wrappers.append(Wrapper(*arguments, **keywords))
+            return wrappers[-1]
+
+    monkeypatch.setattr(pages.importlib, "import_module", lambda name: Package)
+    q, k, v = CUDA_PAGED.tensors("cpu")
+    for tensor_cores, split_size in ((False, None), (True, None), (True, 1024)):
+        prepared = pages.flashinfer(tensor_cores, split_size)(CUDA_PAGED, q, k, v)
+        planned = wrappers[-1].planned
+        assert planned["use_tensor_cores"] == tensor_cores
+        assert planned.get("fixed_split_size") == (64 if split_size else None)
+        assert planned["starts"].tolist() == [0, 19, 38]
+        assert planned["last"].tolist() == [12, 12]
+        assert planned["shape"] == (4, 2, 16, 16)
+        assert torch.equal(prepared.rows(prepared.call()), fad.attn(q, k, v))
 
 
 @pytest.mark.parametrize("case", [CUDA_SMALL, CUDA_DECODE, CUDA_PACKED], ids=lambda case: case.kind)
@@ -220,16 +275,33 @@ def test_peers_are_those_that_run_the_case():
         known = contest_backward.peers() if case.kind == "backward" else peers.peers(flex=True)
         names = [peer.name for peer in known if peer.runs(case)]
         assert names, case.name
-        assert ("FA2" in names) == (case.dtype != "float32" and case.kind != "split" and not case.packed)
+        assert ("FA2" in names) == (case.dtype != "float32" and case.kind not in ("split", "paged") and not case.packed)
         assert ("efficient" in names) == (case.dtype == "float32")
         assert ("one split" in names) == (case.kind == "split")
         assert ("varlen_attn" in names) == bool(case.packed)
+        assert ("one buffer" in names) == (case.kind == "paged")
     assert "FlexAttention" not in [peer.name for peer in peers.peers(flex=False)]
+
+
+@pytest.mark.parametrize("Hk", [1, 2, 4])
+def test_peer_without_grouped_heads_gets_copies_of_keys(Hk: int):
+    def prepare(case, q, k, v):
+        assert case.Hk == case.Hq == k.shape[-2] == v.shape[-2]
+        return peers.Prepared(lambda: fad.attn(q, k, v, causal=case.causal))
+
+    case = replace(CUDA_SMALL, Hk=Hk, dtype="float32")
+    q, k, v = case.tensors("cpu")
+    assert torch.equal(peers._ungrouped(prepare)(case, q, k, v).call(), fad.attn(q, k, v, causal=True))
 
 
 def test_packages_are_peers_where_they_are_installed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object() if name == "flashinfer" else None)
-    assert [peer.name for peer in peers.peers(flex=False)][-1] == "FlashInfer"
+    installed = peers.peers(flex=False)[len(peers._BUILT_IN) :]
+    names = {case.kind: [peer.name for peer in installed if peer.runs(case)] for case in (CUDA_SMALL, CUDA_PAGED)}
+    assert names == {
+        "prefill": ["FlashInfer"],
+        "paged": ["FlashInfer", "FlashInfer tensor cores", "FlashInfer fixed split"],
+    }
 
 
 def test_refusal_is_one_line_with_the_warnings_that_explain_it():
@@ -243,7 +315,9 @@ def test_refusal_is_one_line_with_the_warnings_that_explain_it():
 
 @needs_gpu
 @pytest.mark.parametrize(
-    "case", [CUDA_SMALL, CUDA_DECODE, replace(CUDA_PACKED, dtype="bfloat16")], ids=lambda c: c.kind
+    "case",
+    [CUDA_SMALL, replace(CUDA_SMALL, dtype="float32"), CUDA_DECODE, CUDA_PAGED, replace(CUDA_PACKED, dtype="bfloat16")],
+    ids=lambda c: f"{c.kind} {c.dtype}",
 )
 def test_gpu_case_is_timed_and_gives_its_memory_back(case: cases.CudaCase):
     contest.measure_case(case, peers.peers(flex=False), 0.01)  # what libraries keep for good

@@ -99,10 +99,7 @@ def exact_step(rule, a, b, c) -> Fraction:
     for first in range(0, len(a), products):
         pairs = [(Fraction(float(x)), Fraction(float(y))) for x, y in zip(a, b)][first : first + products]
         terms = [(x * y, max(exponent(x), least) + max(exponent(y), least)) for x, y in pairs if x * y != 0]
-        if c != 0:
-            terms.append((c, max(exponent(c), -126)))
-        if not terms:
-            return Fraction(0)
+        terms.append((c, max(exponent(c), -126) if c else -133))
         unit = Fraction(2) ** (max(e for _, e in terms) - fraction_bits)
         total = sum(cut(x, unit) for x, _ in terms)
         c = total if total == 0 else cut(total, Fraction(2) ** max(exponent(total) - 23, -149))
@@ -130,6 +127,10 @@ def operands(kind, name, count, seed):
             (normal(shape, seed + i, torch.float64) * torch.from_numpy(2.0 ** ((n % np.uint64(20)).astype(float) - 10)))
             for i, n in enumerate(noise[:2])
         )
+    elif kind == "tiny":  # products around fp32's smallest number; fp16 has none
+        size = 2.0 ** -(74 if name == "bf16" else 14)
+        a, b = (normal(shape, seed + i, torch.float64) * size for i in range(2))
+        a = torch.where(torch.from_numpy(noise[0] % np.uint64(4) == 0), a * 2.0**-6, a)
     elif kind == "one size":
         a = b = torch.full(shape, 1.99)
     else:
@@ -144,12 +145,14 @@ def operands(kind, name, count, seed):
         c = np.where(np.isfinite(c), c, 1)
     elif kind == "cancelling":
         c = -(a * b).sum(-1).numpy()
+    elif kind == "tiny":
+        c = np.ldexp(c, -150) * (noise[2, :, 1] % np.uint64(2))
     elif kind == "no sum before":
         c = np.zeros(count)
     return a.numpy(), b.numpy(), c.astype(np.float32)
 
 
-KINDS = ("plain", "any bits", "subnormal", "wide", "one size", "cancelling", "no sum before")
+KINDS = ("plain", "any bits", "subnormal", "wide", "one size", "cancelling", "tiny", "no sum before")
 
 
 @generations
@@ -178,6 +181,26 @@ def test_n7_subnormal_operands_have_the_smallest_exponent(native, name):
     rule = native.tensor_core(90, least)
     for c, kept in ((1.5 * unit, unit), (0.5 * unit, 0.0)):
         assert native.tensor_core_step(rule, [[product / 1024]], [[1024]], [c])[0] == np.float32(product + kept)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "c", "units"),
+    [
+        ([1.7672495411513722e-17, 1.7194768829262297e-19], [-7.928052097471169e-29, -1.4100888680825586e-29], 0, 0),
+        ([0.000171661376953125, 3.7107383832335472e-09], [3 * 2.0**-131, -(2.0**-131)], 0, 135),
+        ([2.0**-74, 2.0**-80], [2.0**-75, -(2.0**-78)], 0, 0),  # unit 2^-158: 2^-149 - 2^-158
+        ([2.0**-74, 2.0**-80], [2.0**-75, -(2.0**-79)], 0, 1),  # 2^-159 is cut away
+        ([2.0**-74, 2.0**-75], [2.0**-75, -(2.0**-77)], 2.0**-148, 3),  # unit 2^-151: 2^-152 is cut away
+    ],
+    ids=["of out", "of dq", "kept", "cut away", "subnormal accumulator"],
+)
+def test_n7_zero_has_an_exponent_as_an_accumulator(native, a, b, c, units):
+    """As measured on an H100, where fuzzing met the first two: exactly they are -1.0016 and 134.999 times 2^-149."""
+    assert all(torch.tensor(x).bfloat16().double().tolist() == x for x in (a, b))
+    rule = native.tensor_core(90, FORMAT_EXPONENT["bf16"])
+    assert native.tensor_core_step(rule, [a], [b], [c])[0] == np.float32(units * 2.0**-149)
+    exact = sum(Fraction(x) * Fraction(y) for x, y in zip(a, b)) + Fraction(c)
+    assert abs(exact * 2**149 - units) < 1.01
 
 
 @both

@@ -6,9 +6,10 @@ import re
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from flash_attn_det import _schedule, cli
-from flash_attn_det.commands import fuzz
+from flash_attn_det.commands import CannotRun, fuzz
 from flash_attn_det.commands.fuzz_calls import draw_call
 from flash_attn_det.testing import assert_bits_equal, bits_differ
 
@@ -136,6 +137,19 @@ def test_results_without_the_padding_of_head_dims(monkeypatch):
     for name in want:
         assert_bits_equal(got[name], want[name], name)
     assert bits_differ(want["lse"], fuzz.compute(call, "fma", False)["lse"]) > 0
+
+
+@pytest.mark.parametrize(("capability", "here"), [((9, 0), "mma_sm90"), ((8, 6), "mma_sm80")])
+def test_a_gpu_is_compared_with_the_emulation_of_its_own_tensor_cores(monkeypatch, capability, here):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        assert fuzz.arithmetics("cuda") == ("mma", here)
+
+
+def test_a_gpu_whose_tensor_cores_are_not_known_cannot_be_fuzzed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    with FakeTensorMode(), pytest.raises(CannotRun, match=r"compute capability 10\.0, expected 9\.0 or 8\.x"):
+        fuzz.arithmetics("cuda")
 
 
 @needs_gpu

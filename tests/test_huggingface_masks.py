@@ -64,6 +64,25 @@ def test_rules_that_cannot_be_expressed_are_refused(create, kwargs):
         masks_of(getattr(masking_utils, create), **kwargs)
 
 
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("size", [None, 4])
+def test_packed_rules_of_every_transformers_are_recognised(older, size, monkeypatch):
+    """Older ones have no function that also maps positions."""
+    mu, segments = masking_utils, torch.tensor([[0, 0, 1], [0, 1, 1]])
+    rule = mu.causal_mask_function if size is None else mu.sliding_window_causal_mask_function(size)
+    if older:
+        monkeypatch.delattr(mu, "packed_sequence_compatibility_function", raising=False)
+        packed = mu.and_masks(rule, mu.packed_sequence_mask_function(segments))
+    elif hasattr(mu, "packed_sequence_compatibility_function"):
+        packed = mu.packed_sequence_compatibility_function(rule, torch.arange(3).expand(2, 3), segments)
+    else:
+        pytest.skip("this transformers is an older one")
+    found, numbers = hf._recognise(packed, size)
+    assert found == "causal"
+    assert numbers is segments
+    assert hf._recognise(mu.and_masks(rule, lambda b, h, q, kv: kv != 2), size) == (None, None)
+
+
 def test_chunked_attention():
     """Chunks that no key falls out of are plain causal attention; others are refused, by transformers itself."""
     ours, _ = masks_of(masking_utils.create_chunked_causal_mask, inputs_embeds=torch.zeros(3, 4, 8))

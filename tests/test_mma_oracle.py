@@ -53,10 +53,7 @@ def exact_step(acc, a, b, name):
     """The step in rational numbers, term by term."""
     acc, a, b = Fraction(acc), [Fraction(x) for x in a], [Fraction(x) for x in b]
     terms = [(x * y, exponent(x, SMALLEST[name]) + exponent(y, SMALLEST[name])) for x, y in zip(a, b) if x * y != 0]
-    if acc != 0:
-        terms.append((acc, exponent(acc, SMALLEST["fp32"])))
-    if not terms:
-        return 0.0
+    terms.append((acc, exponent(acc, SMALLEST["fp32"]) if acc else -133))
     unit = Fraction(2) ** (max(e for _, e in terms) - 25)
     total = sum(cut(value, unit) for value, _ in terms)
     return float(cut(total, Fraction(2) ** (exponent(total, -126) - 23))) if total else 0.0

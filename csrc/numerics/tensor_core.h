@@ -1,15 +1,19 @@
 /* What two GPU instructions of the mma family compute (N7), in plain C: a step of a tensor core, and
  * ex2.approx.ftz.f32. With them a CPU repeats bit for bit what a GPU did; no kernel of a GPU needs this file.
  *
- * Measured on an H200, where none of 200,000 results differs in each class of operands (normal, any finite bits, subnormal,
- * zeros beside large factors, overflow, Inf and NaN; fp16 and bf16): the step of compute capability 9.0. Measured on an
- * H100 before: normal numbers (none of 576,000), and ex2 for every argument with 2^-60 <= |x|, -126 < x < 64 (none of
- * 1,115,422,719); on the H200 ex2 of any bits (none of 8,438,062). tests/cuda/tensor_core.cu measures both again. Published
- * by others and not measured by us: the step of compute capability 8.0. */
+ * Measured on an H100 and on an H200, where none of 200,000 results differs in each class of operands (normal, any finite
+ * bits, subnormal, zeros beside large factors, overflow, Inf and NaN; fp16 and bf16): the step of compute capability 9.0;
+ * and none of 8,438,062 results of ex2 of any bits. On the H100 also normal numbers (none of 576,000), and ex2 for every
+ * argument with 2^-60 <= |x|, -126 < x < 64 (none of 1,115,422,719). What an accumulator of 0 does was fitted to results of
+ * the H100 (docs/audit.md). tests/cuda/tensor_core.cu measures all of it again. Published by others and not measured by us:
+ * the step of compute capability 8.0.
+ */
 #ifndef FAD_NUMERICS_TENSOR_CORE_H
 #define FAD_NUMERICS_TENSOR_CORE_H
 
 #include "real.h"
+
+enum { FAD_TENSOR_CORE_ZERO = -133 }; /* exponent of an accumulator that is 0 */
 
 /* How a generation of tensor cores adds products of 16-bit numbers to fp32. */
 typedef struct fad_tensor_core {
@@ -43,10 +47,11 @@ FAD_FN float fad_tensor_core_round(double x) {
 
 /* c + the sum of a[i] * b[i], i < n. The exact products and c are cut toward zero to fraction_bits below the largest
  * exponent, that of a product being the sum of its factors' (so it may be in [2, 4)); then they are added exactly and the
- * sum is cut toward zero to fp32. Zeros take no part. If anything is not finite, the result is what IEEE addition gives,
- * some NaN or an infinity. Doubles are used as integers: nothing but the two cuts rounds. */
+ * sum is cut toward zero to fp32. Products that are zero take no part; c = 0 does, as if its exponent were -133, which only
+ * products of bf16 are small enough to notice. If anything is not finite, the result is what IEEE addition gives, some NaN
+ * or an infinity. Doubles are used as integers: nothing but the two cuts rounds. */
 FAD_FN float fad_tensor_core_sum(fad_tensor_core core, const float *a, const float *b, int n, float c) {
-    int largest = c != 0 ? fad_tensor_core_exponent(c, -126) : INT32_MIN;
+    int largest = c != 0 ? fad_tensor_core_exponent(c, -126) : FAD_TENSOR_CORE_ZERO;
     double total = (double)c, unit;
     for (int i = 0; i < n; i++)
         total += (double)a[i] * (double)b[i];
@@ -58,8 +63,6 @@ FAD_FN float fad_tensor_core_sum(fad_tensor_core core, const float *a, const flo
                           fad_tensor_core_exponent(b[i], core.least_exponent);
             largest = e > largest ? e : largest;
         }
-    if (largest == INT32_MIN)
-        return 0;
     unit = fad_f64_from_bits((uint64_t)(1023 + core.fraction_bits - largest) << 52); /* of the sum, per 1 */
     total = (double)(int64_t)((double)c * unit);
     for (int i = 0; i < n; i++)

@@ -22,7 +22,8 @@ def csv_rows(results: list[Result]) -> list[dict[str, object]]:
     for result in results:
         case, ours = result.case, result.figures.get(OURS.name)
         shape = {name: getattr(case, name) for name in ("kind", "dtype", "B", "Sq", "Sk", "Hq", "Hk", "D", "causal")}
-        shape |= {"packed": " ".join(map(str, case.packed)), "flop": case.flop, "kv_bytes": case.kv_bytes}
+        shape |= {"packed": " ".join(map(str, case.packed)), "page_size": case.page_size}
+        shape |= {"flop": case.flop, "kv_bytes": case.kv_bytes}
         for name in result.libraries:
             figures = result.figures.get(name)
             taken = {"seconds": "", "error": "", "extra_bytes": ""} if figures is None else asdict(figures)

@@ -99,16 +99,20 @@ class CudaCase(Case):
     """A case on a GPU.
 
     replay: timed inside a CUDA graph. packed: lengths of sequences that lie end to end instead of B equal ones.
-    memory_limit: bytes that our call may add at its peak. quick: part of the short run.
+    page_size: of the cache that keys and values lie in, 0 for one buffer. memory_limit: bytes that our call may add at
+    its peak. quick: part of the short run.
     """
 
     replay: bool = False
     packed: tuple[int, ...] = ()
+    page_size: int = 0
     memory_limit: int | None = None
     quick: bool = False
 
     @property
     def shape(self) -> str:
+        if self.page_size:
+            return f"{super().shape}, pages of {self.page_size}"
         if not self.packed:
             return super().shape
         lengths = f"{min(self.packed)} to {max(self.packed)}"
@@ -134,6 +138,7 @@ class CudaCase(Case):
 GROUPS = {
     "prefill": "Prefill",
     "decode": "Decode: one query per sequence",
+    "paged": "Decode from a paged cache: one query per sequence",
     "few": "Few queries against a long cache",
     "short": "Short sequences",
     "fork": "The cases that an earlier deterministic fork of FlashAttention published",
@@ -182,6 +187,12 @@ def _decode() -> Iterator[CudaCase]:
         yield CudaCase("decode", "bfloat16", B, 1, L, Hq, Hk, D, False, replay=True, quick=shape in quick)
 
 
+def _paged() -> Iterator[CudaCase]:
+    for (B, L), page_size in product(((8, 8192), (64, 2048), (1, 32768)), (16, 64)):
+        quick = (B, page_size) == (8, 16)
+        yield CudaCase("paged", "bfloat16", B, 1, L, 32, 8, 128, False, replay=True, page_size=page_size, quick=quick)
+
+
 def _few() -> Iterator[CudaCase]:
     for L, Lq in product((16384, 32768), (4, 16, 64, 128, 512, 2048)):
         quick = (L, Lq) in ((16384, 16), (32768, 512))
@@ -214,6 +225,7 @@ def cuda_cases() -> list[CudaCase]:
     return [
         *_prefill(),
         *_decode(),
+        *_paged(),
         *_few(),
         *_short(),
         _square("fork", "float16", 8, 4096, 32, 64, False),

@@ -12,7 +12,8 @@ import torch
 from flash_attn_det.commands import contest_backward, measure
 from flash_attn_det.commands.cases import CudaCase
 from flash_attn_det.commands.figures import Figures, Result, summary
-from flash_attn_det.commands.peers import OURS, Peer, Prepared, refused
+from flash_attn_det.commands.peers import OURS, Peer, refused
+from flash_attn_det.commands.prepared import Prepared
 from flash_attn_det.reference import attn_oracle
 
 # Rows of one head that are compared with float64: the last ones, and as many from the middle.

@@ -26,19 +26,28 @@ FA2 = "FA2"
 
 @dataclass(frozen=True)
 class BackwardPeer:
-    """One attention with a backward. attend takes a case and q, k, v; deterministic: told so for its backward."""
+    """One attention with a backward.
+
+    attend takes a case and q, k, v, heads_first as [B, H, S, D]. deterministic: told so for its backward.
+    grouped: knows grouped heads; what does not gets a copy of k and v for each query head.
+    """
 
     name: str
     runs: Callable[[CudaCase], bool]
     attend: Callable[..., torch.Tensor]
     heads_first: bool = True
     deterministic: bool = False
+    grouped: bool = True
+
+    def copies(self, case: CudaCase) -> int:
+        """Of each kv head."""
+        return 1 if self.grouped else case.Hq // case.Hk
 
 
 def _sdpa(backend: SDPBackend) -> Callable[..., torch.Tensor]:
     def attend(case: CudaCase, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel(backend):
-            return scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=case.Hq != case.Hk)
+            return scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=q.shape[1] != k.shape[1])
 
     return attend
 
@@ -60,7 +69,7 @@ _BUILT_IN = [
     BackwardPeer(FA2, _half, _sdpa(SDPBackend.FLASH_ATTENTION)),
     BackwardPeer("FA2 deterministic", _half, _sdpa(SDPBackend.FLASH_ATTENTION), deterministic=True),
     BackwardPeer("cuDNN", _half, _sdpa(SDPBackend.CUDNN_ATTENTION)),
-    BackwardPeer("efficient", lambda case: not _half(case), _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
+    BackwardPeer("efficient", lambda case: not _half(case), _sdpa(SDPBackend.EFFICIENT_ATTENTION), grouped=False),
 ]
 _PACKAGES = [
     ("flash_attn", BackwardPeer("flash-attn", _half, _flash_attn("flash_attn"), heads_first=False)),
@@ -97,7 +106,7 @@ def _enter(
         warnings.simplefilter("always")
         try:
             call, ours = gradients.backward_of(
-                lambda *qkv: peer.attend(result.case, *qkv), inputs, dout, peer.heads_first
+                lambda *qkv: peer.attend(result.case, *qkv), inputs, dout, peer.heads_first, peer.copies(result.case)
             )
             call = _told_to_be_deterministic(call) if peer.deterministic else call
             errors = gradients.errors(result.case, ours(call()), expected)

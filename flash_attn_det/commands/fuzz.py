@@ -18,8 +18,9 @@ from itertools import count, product
 
 import torch
 
-from flash_attn_det import _schedule, audit, ops
+from flash_attn_det import _schedule, ops
 from flash_attn_det.attention import _arguments
+from flash_attn_det.audit import _arithmetic_of
 from flash_attn_det.commands import CannotRun, machine, measure, report
 from flash_attn_det.commands.fuzz_calls import Call, draw_call
 from flash_attn_det.testing import assert_bits_equal, bits_differ
@@ -136,7 +137,7 @@ def arithmetics(device: str) -> tuple[str, str]:
     if device == "cpu":
         return "mma_sm90", "mma_sm90"
     try:
-        return "mma", audit._arithmetic_of("mma", torch.empty(0, dtype=torch.float16, device=device))
+        return "mma", _arithmetic_of("mma", torch.empty(0, dtype=torch.float16, device=device))
     except NotImplementedError as error:
         raise CannotRun(str(error)) from None
 

@@ -28,24 +28,32 @@ def upstream(case: Case, out_like: torch.Tensor) -> torch.Tensor:
 
 
 def backward_of(
-    attend: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], dout: torch.Tensor, heads_first: bool
+    attend: Callable[..., torch.Tensor],
+    inputs: tuple[torch.Tensor, ...],
+    dout: torch.Tensor,
+    heads_first: bool,
+    copies: int = 1,
 ) -> tuple[Callable[[], tuple[torch.Tensor, ...]], Callable[[tuple[torch.Tensor, ...]], Gradients]]:
     """The backward alone, ready to be timed, and what turns its result into our layout; the forward runs here, once.
 
     heads_first: attend takes and gives contiguous [B, H, S, D].
+    copies: of each kv head, for an attend without grouped heads. They are made here, and the gradients of the copies
+        are summed in our layout, so neither is timed.
     """
 
     def laid_out(x: torch.Tensor) -> torch.Tensor:
         return (x.transpose(1, 2) if heads_first else x).detach().contiguous()
 
-    leaves = [laid_out(x).requires_grad_() for x in inputs]
+    q, *kv = inputs
+    leaves = [laid_out(x).requires_grad_() for x in (q, *(x.repeat_interleave(copies, 2) for x in kv))]
     out, dout = attend(*leaves), laid_out(dout)
 
     def call() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
     def ours(gradients: tuple[torch.Tensor, ...]) -> Gradients:
-        return Gradients(*(x.transpose(1, 2) if heads_first else x for x in gradients))
+        dq, *dkv = (x.transpose(1, 2) if heads_first else x for x in gradients)
+        return Gradients(dq, *(x.unflatten(2, (-1, copies)).sum(3) for x in dkv))
 
     return call, ours
 

@@ -9,23 +9,17 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 import flash_attn_det as fad
+from flash_attn_det.commands import pages
 from flash_attn_det.commands.backends import BLOCK
 from flash_attn_det.commands.cases import CudaCase
-
-
-class Prepared(NamedTuple):
-    """A call that is ready to be timed, and what turns its result into out in our layout."""
-
-    call: Callable[[], torch.Tensor]
-    rows: Callable[[torch.Tensor], torch.Tensor] = lambda out: out
+from flash_attn_det.commands.prepared import Prepared
 
 
 @dataclass(frozen=True)
@@ -39,6 +33,8 @@ class Peer:
 
 def _ours(split_size: Callable[[CudaCase], int | None]) -> Callable[..., Prepared]:
     def prepare(case: CudaCase, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Prepared:
+        if case.page_size:
+            return pages.ours(case, q, k, v)
         options = {"causal": case.causal, "split_size": split_size(case)}
         if not case.packed:
             return Prepared(lambda: fad.attn(q, k, v, **options))
@@ -68,6 +64,16 @@ def _sdpa(backend: SDPBackend) -> Callable[..., Prepared]:
         return Prepared(call, lambda out: out.transpose(1, 2))
 
     return prepare
+
+
+def _ungrouped(prepare: Callable[..., Prepared]) -> Callable[..., Prepared]:
+    """For an attention without grouped heads: k and v get a copy for each query head before the clock runs."""
+
+    def prepare_copies(case: CudaCase, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Prepared:
+        k, v = (x.repeat_interleave(case.Hq // case.Hk, -2) for x in (k, v))
+        return prepare(replace(case, Hk=case.Hq), q, k, v)
+
+    return prepare_copies
 
 
 def _sdpa_padded(backend: SDPBackend) -> Callable[..., Prepared]:
@@ -140,7 +146,7 @@ def _flash_attn(module: str) -> Callable[..., Prepared]:
 def _flashinfer(case: CudaCase, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Prepared:
     """FlashInfer's wrapper for ragged batches, planned before the clock runs."""
     flashinfer = importlib.import_module("flashinfer")
-    workspace = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    workspace = torch.empty(pages.FLASHINFER_WORKSPACE, dtype=torch.uint8, device="cuda")
     wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
     keys = _starts(case)
     rows = keys if case.packed else torch.arange(case.B + 1, dtype=torch.int32, device="cuda") * case.Sq
@@ -149,8 +155,12 @@ def _flashinfer(case: CudaCase, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     return Prepared(lambda: wrapper.run(*flat), lambda out: out.view(q.shape))
 
 
+def _paged(case: CudaCase) -> bool:
+    return case.page_size > 0
+
+
 def _dense(case: CudaCase) -> bool:
-    return case.kind != "split" and not case.packed
+    return case.kind != "split" and not case.packed and not case.page_size
 
 
 def _dense16(case: CudaCase) -> bool:
@@ -162,29 +172,43 @@ def _packed(case: CudaCase) -> bool:
 
 
 def _any16(case: CudaCase) -> bool:
-    return case.kind != "split" and case.dtype != "float32"
+    return case.kind != "split" and case.dtype != "float32" and not case.page_size
 
+
+FIXED_SPLIT = 1024  # keys, as in ours
 
 OURS = Peer("ours", lambda case: True, _ours(lambda case: None))
 _BUILT_IN = [
     Peer("FA2", _dense16, _sdpa(SDPBackend.FLASH_ATTENTION)),
     Peer("cuDNN", _dense16, _sdpa(SDPBackend.CUDNN_ATTENTION)),
-    Peer("efficient", lambda case: _dense(case) and case.dtype == "float32", _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
+    Peer(
+        "efficient",
+        lambda case: _dense(case) and case.dtype == "float32",
+        _ungrouped(_sdpa(SDPBackend.EFFICIENT_ATTENTION)),
+    ),
     Peer("varlen_attn", _packed, _varlen_attn),
     Peer("nested", _packed, _sdpa_nested),
     Peer("FA2 padded", _packed, _sdpa_padded(SDPBackend.FLASH_ATTENTION)),
     Peer("cuDNN padded", _packed, _sdpa_padded(SDPBackend.CUDNN_ATTENTION)),
     Peer("one split", lambda case: case.kind == "split", _ours(lambda case: -(-case.Sk // BLOCK) * BLOCK)),
+    Peer("one buffer", _paged, pages.one_buffer),
 ]
 _FLEX = Peer("FlexAttention", _dense, _flex)
 _PACKAGES = [
     ("flash_attn", Peer("flash-attn", _any16, _flash_attn("flash_attn"))),
     ("flash_attn_interface", Peer("flash-attn 3", _any16, _flash_attn("flash_attn_interface"))),
     ("flashinfer", Peer("FlashInfer", _any16, _flashinfer)),
+    ("flashinfer", Peer("FlashInfer", _paged, pages.flashinfer(tensor_cores=False))),
+    ("flashinfer", Peer("FlashInfer tensor cores", _paged, pages.flashinfer(tensor_cores=True))),
+    ("flashinfer", Peer("FlashInfer fixed split", _paged, pages.flashinfer(tensor_cores=True, split_size=FIXED_SPLIT))),
 ]
 LEGEND = (
     "FA2, cuDNN and efficient are torch's scaled_dot_product_attention with that kernel; varlen_attn is torch's for "
-    "packed sequences, nested its jagged tensors, padded its dense form on sequences filled up to the longest."
+    "packed sequences, nested its jagged tensors, padded its dense form on sequences filled up to the longest. "
+    "efficient has no grouped heads: it gets a copy of k and v for each query head, made before the clock runs. "
+    "one buffer is ours without pages. FlashInfer is as it comes, for decode without tensor cores; tensor cores is its "
+    f"decode told to use them, fixed split that told to split at every {FIXED_SPLIT} keys, too; it plans before the "
+    "clock runs."
 )
 
 

@@ -21,8 +21,8 @@ NOTE = (
     "float64 by, over that of the gradient, the largest of the three; each of ours is at most 1.2 times FA2's, or not "
     "timed. FA2 deterministic: under torch.use_deterministic_algorithms. "
     "Prefills are timed by CUDA events, one call after the other; what the L2 cache keeps of one is nothing against "
-    "them. Decode and few queries are timed inside CUDA graphs that repeat the call on the same inputs: K and V come "
-    "from the L2 cache where the table says so, and from memory otherwise. " + LEGEND
+    "them. Decode (also from pages) and few queries are timed inside CUDA graphs that repeat the call on the same "
+    "inputs: K and V come from the L2 cache where the table says so, and from memory otherwise. " + LEGEND
 )
 
 

@@ -212,6 +212,15 @@ def _matches(value, pattern):
     return type(value) is type(pattern) and bool(value == pattern)
 
 
+def _packed_rule(function, segments):
+    """A rule within packed sequences, as the installed transformers builds it."""
+    from transformers import masking_utils as mu
+
+    if hasattr(mu, "packed_sequence_compatibility_function"):  # newer ones also map positions
+        return mu.packed_sequence_compatibility_function(function, _Any(), segments)
+    return mu.and_masks(function, mu.packed_sequence_mask_function(segments))
+
+
 def _recognise(mask_function, local_size):
     """(rule, segments): "causal", "full" or None for unknown; the numbers [B, n] of packed sequences or None.
 
@@ -234,8 +243,8 @@ def _recognise(mask_function, local_size):
     for rule, function in rules:
         if _matches(mask_function, function):
             return rule, None
-        positions, segments = _Any(), _Any()
-        if _matches(mask_function, mu.packed_sequence_compatibility_function(function, positions, segments)):
+        segments = _Any()
+        if _matches(mask_function, _packed_rule(function, segments)):
             return rule, segments.found
     return None, None
 

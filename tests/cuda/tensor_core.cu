@@ -147,6 +147,8 @@ template <class T> long singles() {
         all.push_back({{0x1p-75f}, {-0x1p-75f}, 0});
         all.push_back({{0x1p-23f, 0x1p-24f}, {0x1p-126f, -0x1p-126f}, 0});
         all.push_back({{0x1p-80f, 0x1p-80f}, {0x1p-80f, 1}, 0});
+        all.push_back({{0x1.8p-74f, 0x1.8p-74f, 0x1.8p-74f}, {0x1p-76f, 0x1p-76f, 0x1p-76f}, 0});
+        all.push_back({{0x1p-74f, 0x1p-79f}, {0x1p-74f, -0x1p-80f}, 0});
     }
     operands x;
     for (single &s : all) {
@@ -202,12 +204,18 @@ template <class T> long compare_steps() {
     const auto not_finite = [&](uint16_t &a, uint16_t &b) {
         a = below(12) ? any(1) : special(), b = below(12) ? any(1) : special();
     };
+    const auto tiny = [&](uint16_t &a, uint16_t &b) { // products around fp32's smallest number
+        a = any(ldexpf(1, -70 - below(12))), b = any(ldexpf(1, -70 - below(6)));
+    };
+    const auto tiny_sum = [&] { return below(2) ? 0 : ldexpf(bell(random), -149 + below(12)); };
     long differing = sampled<T>("normal", normal, ordinary);
     differing += sampled<T>("any finite bits", bits, finite_sum);
     differing += sampled<T>("subnormal", subnormal, ordinary);
     differing += sampled<T>("zeros beside large factors", zeros, [&] { return ldexpf(bell(random), -below(140)); });
     differing += sampled<T>("overflow", large, [&] { return ldexpf(1 + fabsf(bell(random)), 126); });
     differing += sampled<T>("infinity and NaN", not_finite, ordinary);
+    if (T::least_exponent == -126)
+        differing += sampled<T>("tiny products", tiny, tiny_sum);
     return differing + singles<T>();
 }
 
