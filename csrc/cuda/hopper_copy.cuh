@@ -30,6 +30,12 @@ template <int ROWS, int PIECES> struct KeyCopier {
      * `each`, or all do where every page is a copy of its own. */
     template <class Each>
     __device__ __forceinline__ void run(const CUtensorMap &k_map, const CUtensorMap &v_map, Each each) const {
+        start(k_map, v_map, each);
+        __syncwarp();
+    }
+    /* The same; lanes that call nothing do not wait for the one that does. */
+    template <class Each>
+    __device__ __forceinline__ void start(const CUtensorMap &k_map, const CUtensorMap &v_map, Each each) const {
         if (p.block_table) {
             PageCache k, v;
             each([&](auto &&...slot) { copy_pages(k, k_map, slot...); },
@@ -39,7 +45,6 @@ template <int ROWS, int PIECES> struct KeyCopier {
             each([&](auto &&...slot) { copy_rows(head, entry, k_map, slot...); },
                  [&](auto &&...slot) { copy_rows(head, entry, v_map, slot...); });
         }
-        __syncwarp();
     }
 
   private:

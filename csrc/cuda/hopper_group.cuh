@@ -6,7 +6,8 @@
 #include "hopper_ptx.cuh"
 
 constexpr int GROUP_THREADS = 128, GROUP_WARPS = 4, GROUP_ROWS = 64; /* of a warpgroup */
-constexpr int ALL_CONSUMERS = 8; /* a named barrier; 1 + group is a consumer's own */
+/* Named barriers; 1 + group is a consumer's own, FIRST_TURN + group when it may go on. */
+constexpr int ALL_CONSUMERS = 8, FIRST_TURN = 9;
 
 /* What is the same in all lanes of a warp, told to the compiler: it keeps it, and what is computed from it, in the
  * registers of the warp. */

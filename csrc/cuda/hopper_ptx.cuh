@@ -49,6 +49,25 @@ static __device__ __forceinline__ uint64_t read_once() {
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
+static __device__ __forceinline__ uint64_t keep_long() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+/* Reads and writes of global memory with such a policy. */
+static __device__ __forceinline__ float4 load_with(const float4 *from, uint64_t policy) {
+    float4 x;
+    asm volatile("ld.global.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "l"(from), "l"(policy)
+                 : "memory");
+    return x;
+}
+static __device__ __forceinline__ void store_with(float4 *to, float4 x, uint64_t policy) {
+    asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z),
+                 "f"(x.w), "l"(policy)
+                 : "memory");
+}
 /* Starts the copy of a box at coordinates (dim, row, head, batch); its bytes arrive at the barrier. */
 static __device__ __forceinline__ void copy_box(void *to, const CUtensorMap &map, MemoryBarrier &barrier, int dim,
                                                 int row, int head, int batch, uint64_t policy) {
@@ -105,6 +124,20 @@ static __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence
 static __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING> static __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+/* Keeps x, and what it comes from, before what follows: ptxas moves waits over arithmetic, up to where nothing is left to
+ * overlap with, and arithmetic behind the start of matrix instructions, but neither over a store. This one, to `place` in
+ * shared memory, is never executed: `never` is false, which the compiler cannot know. */
+static __device__ __forceinline__ void keep_before(unsigned x, unsigned y, unsigned z, unsigned w, bool never,
+                                                   void *place) {
+    asm volatile("{\n"
+                 ".reg .pred never;\n"
+                 "setp.ne.u32 never, %4, 0;\n"
+                 "@never st.shared.v4.u32 [%5], {%0, %1, %2, %3};\n"
+                 "}" ::"r"(x),
+                 "r"(y), "r"(z), "r"(w), "r"((unsigned)never), "r"(shared_address(place))
+                 : "memory");
 }
 
 /* A matrix in shared memory: rows of 128 bytes, permuted as the copy engine's 128-byte swizzle does, in groups of eight

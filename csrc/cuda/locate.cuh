@@ -21,6 +21,8 @@ struct Row {
 };
 __device__ inline Row row_of(const Tile &t, int r) {
     const unsigned at = t.g0 + (unsigned)r;
+    if (t.group == 1) /* a division takes a while */
+        return {t.i0 + at, t.head_k};
     return {t.i0 + at / t.group, t.head_k * t.group + at % t.group};
 }
 /* The sequence's row that the tile's last active row belongs to. */

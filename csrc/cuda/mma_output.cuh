@@ -24,25 +24,27 @@ static __device__ __forceinline__ void fold_into(const RowPair &before, Rest res
         part.l[i] = fad_f32_fold(before.l[i], a[i], part.l[i], b[i]);
         part.m[i] = now;
     }
-    const bool same = a[0] == 1 && a[1] == 1 && b[0] == 1 && b[1] == 1;
-    if (__all_sync(~0u, same)) { /* most often; factors of 1 change nothing */
+    /* Not one after the other: what rests may lie far away, and the loads of a batch are on their way together. */
+    constexpr int BATCH = N < 16 ? N : 16;
 #pragma unroll
-        for (int n = 0; n < N; n++) {
-            const float4 r = rest(n);
-            o[n][0] = fad_f32_add(r.x, o[n][0]);
-            o[n][1] = fad_f32_add(r.y, o[n][1]);
-            o[n][2] = fad_f32_add(r.z, o[n][2]);
-            o[n][3] = fad_f32_add(r.w, o[n][3]);
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            o[n][e] = fad_f32_mul(o[n][e], b[e / 2]);
+#pragma unroll
+    for (int first = 0; first < N; first += BATCH) {
+        float4 r[BATCH];
+#pragma unroll
+        for (int n = 0; n < BATCH; n++)
+            r[n] = rest(first + n);
+#pragma unroll
+        for (int n = 0; n < BATCH; n++) {
+            float (&x)[4] = o[first + n];
+            x[0] = fad_f32_add(fad_f32_mul(r[n].x, a[0]), x[0]);
+            x[1] = fad_f32_add(fad_f32_mul(r[n].y, a[0]), x[1]);
+            x[2] = fad_f32_add(fad_f32_mul(r[n].z, a[1]), x[2]);
+            x[3] = fad_f32_add(fad_f32_mul(r[n].w, a[1]), x[3]);
         }
-        return;
-    }
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-        const float4 r = rest(n);
-        o[n][0] = fad_f32_fold(r.x, a[0], o[n][0], b[0]);
-        o[n][1] = fad_f32_fold(r.y, a[0], o[n][1], b[0]);
-        o[n][2] = fad_f32_fold(r.z, a[1], o[n][2], b[1]);
-        o[n][3] = fad_f32_fold(r.w, a[1], o[n][3], b[1]);
     }
 }
 template <int N> static __device__ __forceinline__ void rest_state(float4 *rest, int stride, const float (&o)[N][4]) {
@@ -83,9 +85,8 @@ template <fad_dtype T> static __device__ __forceinline__ unsigned round_out(floa
                              : fad_f16_round(low) | (unsigned)fad_f16_round(high) << 16;
 }
 
-/* N9: eight values of a row, rounded. */
-template <fad_dtype T> static __device__ __forceinline__ uint4 divide_chunk(float (&x)[8], float l) {
-    const float inverse = fad_f32_div(1.0f, l);
+/* N9: eight values of a row, rounded; inverse: 1 / l. */
+template <fad_dtype T> static __device__ __forceinline__ uint4 divide_chunk(float (&x)[8], float l, float inverse) {
     QuotientRange range;
     unsigned pairs[4];
 #pragma unroll
@@ -123,7 +124,7 @@ static __device__ __forceinline__ uint4 finish_chunk(const fad_attn_problem &p, 
     }
     if (write_lse)
         store_lse(p, t, r, m, l);
-    return divide_chunk<T>(x, l);
+    return divide_chunk<T>(x, l, fad_f32_div(1.0f, l));
 }
 
 /* N8 (sink), N9, N10 for a warp's rows first .. first + 15 of the tile: to lse, and rounded to `staged`, 16 rows of N chunks

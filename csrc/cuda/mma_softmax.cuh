@@ -116,20 +116,46 @@ template <int ROWS> struct RowTable {
     }
 };
 
-/* The largest score of rows g and g + 8; NaN does not count. */
+/* The largest of this lane's scores of row g or g + 8; NaN does not count, and -inf stands for none. */
+static __device__ __forceinline__ float lane_maximum(const ScoreTile &s, int half) {
+    float of[4]; /* so that they do not wait for each other */
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++) {
+        const float both = fmaxf(s[n][2 * half], s[n][2 * half + 1]);
+        of[n % 4] = n < 4 ? both : fmaxf(of[n % 4], both);
+    }
+    const float best = fmaxf(fmaxf(of[0], of[1]), fmaxf(of[2], of[3]));
+    return best != best ? -INFINITY : best; /* nothing but NaN */
+}
+
+/* The largest score of rows g and g + 8; NaN does not count. INTEGERS: bits of numbers from 0 on are ordered as integers,
+ * of which one instruction of compute capability 9.0 compares three. */
+template <bool INTEGERS = false>
 static __device__ __forceinline__ void row_maxima(const ScoreTile &s, float (&x_max)[2]) {
+    constexpr unsigned INFINITE = 0x7f800000u;
+    int top[2] = {-1, -1};
+    if constexpr (INTEGERS)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int of[4];
+#pragma unroll
+            for (int n = 0; n < KEY_TILES; n++) {
+                const int x = (int)fad_f32_bits(s[n][2 * half]), y = (int)fad_f32_bits(s[n][2 * half + 1]);
+                of[n % 4] = n < 4 ? max(x, y) : __vimax3_s32(of[n % 4], x, y);
+            }
+            top[half] = max(__vimax3_s32(of[0], of[1], of[2]), of[3]);
+        }
+    if (INTEGERS && !__any_sync(~0u, ((unsigned)top[0] > INFINITE) | ((unsigned)top[1] > INFINITE))) {
+        x_max[0] = fad_f32_from_bits((unsigned)top[0]);
+        x_max[1] = fad_f32_from_bits((unsigned)top[1]);
+    } else { /* NaN, or nothing but numbers below 0 */
+        x_max[0] = lane_maximum(s, 0);
+        x_max[1] = lane_maximum(s, 1);
+    }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float of[4]; /* so that they do not wait for each other */
-#pragma unroll
-        for (int n = 0; n < KEY_TILES; n++) {
-            const float both = fmaxf(s[n][2 * half], s[n][2 * half + 1]);
-            of[n % 4] = n < 4 ? both : fmaxf(of[n % 4], both);
-        }
-        float best = fmaxf(fmaxf(of[0], of[1]), fmaxf(of[2], of[3]));
-        best = best != best ? -INFINITY : best; /* nothing but NaN */
-        best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
-        x_max[half] = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+        x_max[half] = fmaxf(x_max[half], __shfl_xor_sync(~0u, x_max[half], 1));
+        x_max[half] = fmaxf(x_max[half], __shfl_xor_sync(~0u, x_max[half], 2));
     }
 }
 

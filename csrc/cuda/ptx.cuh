@@ -59,6 +59,10 @@ static __device__ __forceinline__ void barrier_wait(MemoryBarrier &barrier, unsi
 static __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+/* The same for warps that do not wait. */
+static __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 /* From here on the next kernel in the stream may start, if it waits for this one where it must: both do nothing before
  * compute capability 9.0, and nothing unless it has been launched that way. */

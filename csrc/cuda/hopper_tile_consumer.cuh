@@ -1,0 +1,412 @@
+/* The consuming warpgroups of the Hopper tile kernel: S, softmax, O, and the fold of splits for 64 rows each. */
+#ifndef FAD_CUDA_HOPPER_TILE_CONSUMER_CUH
+#define FAD_CUDA_HOPPER_TILE_CONSUMER_CUH
+
+#include "hopper_tile_finish.cuh"
+#include "mma_values.cuh"
+
+/* The 64 rows of a warpgroup; a warp has 16 of them.
+ *
+ * Blocks of keys follow each other without a gap, those of one item behind those of the one before: a step adds the values
+ * of one block while it computes the scores and probabilities of the next. The first step has no block, and the last one
+ * no next; they compute with what lies in shared memory, and nobody asks for the result. */
+template <class S> struct HopperConsumer {
+    const fad_attn_problem &p;
+    const Work &work;
+    HopperShared<S> &sm;
+    const int group = uniform(threadIdx.x / GROUP_THREADS - 1), lane = threadIdx.x % 32;
+    const int first = uniform(group * GROUP_ROWS + threadIdx.x % GROUP_THREADS / 32 * 16); /* the warp's, in the tile */
+    const uint64_t k_ring = matrix_descriptor(sm.ring, 16), v_ring = matrix_descriptor(sm.ring, S::BOX),
+                   q_tiles = matrix_descriptor(sm.q[0][group], 16);
+    Ring q_buffer, ring, slot;        /* the next q, the next part of K or V, the next item */
+    int current = -1;                 /* the item in work; -1: none yet */
+    int block = 0, last = 0;          /* its block whose probabilities are there; its last one */
+    int whole = 0, n_whole = 0;       /* of its range */
+    int plain_end = 0;                /* of the blocks that are plain, and the next is: from `whole` on */
+    int splits = 0, to_split_end = 1; /* that have ended; blocks up to the end of the current one */
+    RowPair total;                    /* of the splits that have ended */
+    float l[2] = {0, 0};              /* this lane's l_t of rows g and g + 8 */
+    References references;
+    unsigned q[S::Q_IN_REGISTERS ? S::D / 16 : 1][4];
+    float o[S::N][4];
+
+    __device__ HopperConsumer(const fad_attn_problem &problem, const Work &what, HopperShared<S> &shared)
+        : p(problem), work(what), sm(shared) {}
+
+    __device__ __forceinline__ const HopperItem &item() const { return sm.items[current]; }
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int n = 0; n < S::N; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                o[n][e] = 0;
+    }
+
+    /* For keep_before. */
+    __device__ __forceinline__ bool never() const { return work.n_tiles < 0; }
+
+    /* The slots of the ring where the next block of K or V lies; in use until released. */
+    struct Slots {
+        int part[S::PARTS];
+    };
+    /* arrived: of the first part, if barrier_test has been asked; asking early hides its latency. */
+    __device__ __forceinline__ Slots wait_for_block(bool arrived = false) {
+        Slots slots;
+#pragma unroll
+        for (int i = 0; i < S::PARTS; i++, ring.advance(S::SLOTS)) {
+            if (i > 0 || !arrived)
+                barrier_wait(sm.full[ring.index], ring.round);
+            slots.part[i] = ring.index;
+        }
+        return slots;
+    }
+    __device__ __forceinline__ bool block_arrived() const { return barrier_test(sm.full[ring.index], ring.round); }
+    __device__ __forceinline__ void release(const Slots &slots) const {
+        __syncwarp();
+        if (lane == 0)
+#pragma unroll
+            for (int i = 0; i < S::PARTS; i++)
+                barrier_arrive(sm.empty[slots.part[i]]);
+        __syncwarp(); /* or the compiler takes all that follows for divergent: numbers of the warp in a lane's registers */
+    }
+
+    /* N7: starts S = Q K^T for a block of keys. */
+    __device__ __forceinline__ void start_scores(ScoreTile &s, const Slots &keys) {
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < S::D / 16; k++) {
+            const int piece = k / 4 % S::PIECES, dims = k % 4 * 32;
+            const uint64_t b = matrix_at(k_ring, keys.part[k / 4 / S::PIECES] * S::SLOT + piece * S::BOX + dims);
+            if constexpr (S::Q_IN_REGISTERS)
+                wgmma_scores<S::T>(s, q[k], b, k > 0);
+            else
+                wgmma_scores<S::T>(
+                    s, matrix_at(q_tiles, q_buffer.index * (int)sizeof sm.q[0] + k / 4 * S::Q_BOX + dims), b, k > 0);
+        }
+        wgmma_commit();
+    }
+
+    /* N7: starts O += P V. */
+    __device__ __forceinline__ void start_values(const ProbabilityFragments &a, const Slots &values) {
+        wgmma_fence();
+#pragma unroll
+        for (int part = 0; part < S::PARTS; part++)
+#pragma unroll
+            for (int k = 0; k < BLOCK_KEYS / 16; k++)
+                wgmma_values<S::T>(*(float (*)[S::PART_N][4]) & o[part * S::PART_N], a[k],
+                                   matrix_at(v_ring, values.part[part] * S::SLOT + k * 16 * 128));
+        wgmma_commit();
+    }
+
+    __device__ __forceinline__ bool is_partial(int block) const {
+        return (unsigned)(block - whole) >= (unsigned)n_whole;
+    }
+
+    /* N4 to N7: from scores to probabilities, and this lane's b_t in sum. Returns whether references moved; alpha tells
+     * how O and l have to follow. PLAIN: the rule is, and every row sees the whole block. */
+    template <bool PLAIN>
+    __device__ __forceinline__ bool softmax(ScoreTile &s, int block, float (&sum)[2], float (&alpha)[2]) {
+        const ScoreRule &rule = work.rule;
+        const bool partial = !PLAIN && is_partial(block);
+        if (!PLAIN && (partial || !rule.plain)) {
+            const RowView g(p, item().t, item().range, first + lane / 4),
+                g8(p, item().t, item().range, first + lane / 4 + 8);
+            if (!rule.plain)
+                apply_options(s, g, g8, rule, block);
+            if (partial) {
+                g.mask(s, 0, block);
+                g8.mask(s, 1, block);
+            }
+        }
+        float x_max[2];
+        row_maxima<S::INTEGER_MAXIMA>(s, x_max);
+        const bool moved = references.advance(x_max, rule.c, alpha);
+        references.apply<S::T>(s, rule.c, sum);
+        return moved;
+    }
+
+    /* N11: whether a block's values have Inf or NaN. Every consumer gets the same answer. */
+    __device__ __forceinline__ bool values_not_finite(const Slots &values) const {
+        unsigned full = 0;
+#pragma unroll
+        for (int part = 0; part < S::PARTS; part++) {
+            const uint4 *v = (const uint4 *)sm.ring[values.part[part]];
+#pragma unroll 4
+            for (int at = threadIdx.x % GROUP_THREADS; at < S::SLOT / 16; at += GROUP_THREADS) {
+                const uint4 x = v[at];
+                full |= exponents_full<S::T>(x.x) | exponents_full<S::T>(x.y) | exponents_full<S::T>(x.z) |
+                        exponents_full<S::T>(x.w);
+            }
+        }
+        return __any_sync(~0u, named_barrier_or(1 + group, GROUP_THREADS, full != 0));
+    }
+
+    /* N11 where some rows do not see them: the values step by mma.sync, each row with what it sees. Then there are zeros
+     * in their place, with which the usual step changes nothing. */
+    __device__ __forceinline__ void add_guarded(const ProbabilityFragments &a, const Slots &values,
+                                                const HopperItem &item, int block) {
+#pragma unroll
+        for (int n = 0; n < S::N; n += 8)
+            add_values_guarded<S::T, 8>(*(float (*)[8][4]) & o[n], a,
+                                        sm.ring[values.part[n / S::PART_N]] + n / 8 % S::PIECES * S::BOX, [&](int r) {
+                                            const RowView row(p, item.t, item.range, first + r);
+                                            return fad_interval{row.lo - block * BLOCK_KEYS,
+                                                                row.hi - block * BLOCK_KEYS};
+                                        });
+        named_barrier_sync(ALL_CONSUMERS, S::CONSUMERS * GROUP_THREADS); /* v may be overwritten */
+#pragma unroll
+        for (int part = 0; part < S::PARTS; part++)
+            for (int at = threadIdx.x - GROUP_THREADS; at < S::SLOT / 16; at += S::CONSUMERS * GROUP_THREADS)
+                ((uint4 *)sm.ring[values.part[part]])[at] = make_uint4(0, 0, 0, 0);
+        fence_async_proxy();
+        named_barrier_sync(ALL_CONSUMERS, S::CONSUMERS * GROUP_THREADS); /* v may be read */
+    }
+
+    /* ---- ends of splits and items ---- */
+
+    /* Where O rests between splits, n8 tile n at n * REST_STRIDE. */
+    static constexpr int REST_STRIDE = 32;
+    __device__ __forceinline__ float4 *rest() const {
+        if constexpr (S::REST_IN_SHARED)
+            return &sm.rest[first / 16][0][rest_place(lane / 4, lane % 4)];
+        else
+            return (float4 *)work.rest + ((int64_t)blockIdx.x * S::ROWS + first) / 16 * S::N * 32 + lane;
+    }
+
+    /* N8: folds the split in part and o into those before; the sum is left there. What rests in global memory is told to
+     * stay in the L2 cache, through which K and V pass. */
+    __device__ __forceinline__ void fold(RowPair &part) {
+        if (splits > 0)
+            fold_into(
+                total,
+                [&](int n) {
+                    const float4 *from = rest() + n * REST_STRIDE;
+                    return S::REST_IN_SHARED ? *from : load_with(from, keep_long());
+                },
+                part, o);
+        total = part;
+    }
+    __device__ __forceinline__ void put_to_rest() const {
+#pragma unroll
+        for (int n = 0; n < S::N; n++) {
+            const float4 x = make_float4(o[n][0], o[n][1], o[n][2], o[n][3]);
+            float4 *to = rest() + n * REST_STRIDE;
+            if (S::REST_IN_SHARED)
+                *to = x;
+            else
+                store_with(to, x, keep_long());
+        }
+    }
+
+    /* To out and lse, or (spill) to a partial state: O, with m and l in part. By way of shared memory, where loops can
+     * index it: where it rests, or else the slots of the values that it met last. */
+    __device__ __forceinline__ void write_out(const HopperItem &ended, const RowPair &part, bool spill,
+                                              const Slots &values) {
+        constexpr int AT_ONCE = S::REST_IN_SHARED ? S::N : 16;        /* n8 tiles */
+        constexpr int TOGETHER = S::REST_IN_SHARED ? AT_ONCE / 4 : 1; /* as there are registers */
+        static_assert(S::REST_IN_SHARED || (S::PARTS == S::CONSUMERS && sizeof(RestTile<16>) * GROUP_WARPS <= S::SLOT),
+                      "a slot for each group");
+        RestTile<AT_ONCE> *tiles;
+        if constexpr (S::REST_IN_SHARED) {
+            tiles = &sm.rest[group * GROUP_WARPS];
+        } else {
+            tiles = (RestTile<AT_ONCE> *)sm.ring[values.part[group]];
+            named_barrier_sync(ALL_CONSUMERS, S::CONSUMERS * GROUP_THREADS); /* the values may be overwritten */
+        }
+        RestTile<AT_ONCE> &tile = tiles[first % GROUP_ROWS / 16];
+        float2 states[2]; /* of row `first` + lane % 8, and of the eighth after it */
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            states[half] =
+                make_float2(__shfl_sync(~0u, part.m[half], lane % 8 * 4), __shfl_sync(~0u, part.l[half], lane % 8 * 4));
+        const float2 state = lane % 16 < 8 ? states[0] : states[1];
+#pragma unroll
+        for (int n = 0; n < S::N; n += AT_ONCE) {
+            rest_state(&tile[0][rest_place(lane / 4, lane % 4)], REST_STRIDE, *(float (*)[AT_ONCE][4]) & o[n]);
+            __syncwarp(); /* the tile may be read */
+            if (spill)
+                spill_rest<TOGETHER>(p, ended.t, work.partials, ended.range.split + splits, first, n * 8, tile, state);
+            else
+                finish_rest<S::T, TOGETHER>(p, ended.t, first, n * 8, tile, state);
+            __syncwarp(); /* the tile may be overwritten */
+        }
+        if (!S::REST_IN_SHARED)
+            fence_async_proxy();
+    }
+
+    /* The end of a split of the item that lies in `ended`, and of the item if it was its last. m and l are `part`. */
+    __device__ __forceinline__ void close_split(int ended, RowPair &part, bool item_ends, const Slots &values) {
+        const bool spill = work.partials.o;
+        if (!spill)
+            fold(part);
+        if (spill || item_ends)
+            write_out(sm.items[ended], part, spill, values);
+        else
+            put_to_rest();
+        splits++;
+        if (item_ends) {
+            splits = 0;
+            warp_arrive(sm.item_empty[ended]);
+            __syncwarp(); /* as in release */
+        }
+    }
+
+    /* Goes to the first block of the next item. Whether there is one. */
+    __device__ __forceinline__ bool begin_item() {
+        const bool exists = uniform(wait_for_item(sm, slot) != nullptr);
+        if (!exists)
+            return false;
+        current = slot.index;
+        slot.advance(ITEMS);
+        const KeyRange &range = item().range;
+        block = 0;
+        last = uniform(range.blocks) - 1;
+        whole = uniform(range.whole);
+        n_whole = uniform(range.n_whole);
+        to_split_end = uniform(range.to_split_end);
+        plain_end = work.rule.plain ? min(whole + n_whole - 1, last) : 0;
+        return true;
+    }
+    /* The item before has met all of its q. */
+    __device__ __forceinline__ void release_queries() {
+        if constexpr (!S::Q_IN_REGISTERS) {
+            warp_arrive(sm.q_empty[q_buffer.index]);
+            q_buffer.advance(S::Q_BUFFERS);
+        }
+    }
+    __device__ __forceinline__ void take_queries() {
+        barrier_wait(sm.q_full[q_buffer.index], q_buffer.round);
+        if constexpr (S::Q_IN_REGISTERS) {
+#pragma unroll
+            for (int k = 0; k < S::D / 16; k++)
+                load_fragment<8>(q[k], sm.q[q_buffer.index][group] + k / 4 * S::Q_BOX, first % GROUP_ROWS, k % 4);
+            warp_arrive(sm.q_empty[q_buffer.index]);
+            q_buffer.advance(S::Q_BUFFERS);
+        }
+    }
+
+    /* ---- steps ---- */
+
+    /* Warpgroups start their products in turn, so that one's softmax falls into the time of the others' products. */
+    __device__ __forceinline__ void take_turn() const { named_barrier_sync(FIRST_TURN + group, 2 * GROUP_THREADS); }
+    __device__ __forceinline__ void pass_turn() const {
+        named_barrier_arrive(FIRST_TURN + (group + 1 < S::CONSUMERS ? group + 1 : 0), 2 * GROUP_THREADS);
+    }
+
+    /* What a step has to be ready for. PLAIN: this block and the next are plain and in one split. SPLIT: they are plain and
+     * in two. These have code of their own, without all that is rare, which would lie in the way and take registers. */
+    enum Kind { PLAIN, SPLIT, ANY };
+
+    /* s holds the probabilities of the present block, and at the end those of the next. False: there is no next. */
+    template <Kind KIND> __device__ __forceinline__ bool step(ScoreTile &s) {
+        constexpr bool PLAIN = KIND != Kind::ANY;
+        ProbabilityFragments a; /* in use until the values step is complete: not written again before */
+        RowPair part;
+        Slots keys = {}, values = {};
+        float alpha[2], sum[2];
+        bool moved = false, more = true;
+        const int ended = current, here = block;
+        const bool begun = PLAIN || current >= 0, item_ends = !PLAIN && block == last,
+                   partial = !PLAIN && begun && is_partial(block);
+        const bool split_ends = PLAIN ? KIND == Kind::SPLIT : (--to_split_end == 0) | item_ends;
+        bool arrived = S::OVERLAP && block_arrived();
+        round_probabilities<S::T>(a, s);
+        if (S::OVERLAP)
+#pragma unroll
+            for (int k = 0; k < BLOCK_KEYS / 16; k++)
+                keep_before(a[k][0], a[k][1], a[k][2], a[k][3], never(), sm.items);
+        if (item_ends) {
+            if (begun)
+                release_queries();
+            more = begin_item();
+        } else {
+            block++;
+            if (split_ends)
+                to_split_end = uniform(item().range.split_blocks);
+        }
+        auto scores = [&] {
+            if (item_ends && more)
+                take_queries();
+            if (more)
+                keys = wait_for_block(arrived);
+            arrived = S::OVERLAP && block_arrived();
+            start_scores(s, keys);
+        };
+        if (S::OVERLAP) {
+            take_turn();
+            scores();
+            if (!PLAIN)
+                pass_turn();
+        }
+        if (begun)
+            values = wait_for_block(arrived);
+        if (partial && values_not_finite(values))
+            add_guarded(a, values, sm.items[ended], here);
+        start_values(a, values);
+        if (S::OVERLAP && PLAIN)
+            pass_turn();
+        if (split_ends) {
+            part = {{references.reference(0), references.reference(1)}, {sum_lanes(l[0]), sum_lanes(l[1])}};
+            references.clear();
+            l[0] = l[1] = 0;
+        }
+        auto end_values = [&] {
+            wgmma_wait<0>();
+            const bool written_out = !S::REST_IN_SHARED && (item_ends || (split_ends && work.partials.o));
+            if (begun && !written_out)
+                release(values);
+            if (split_ends && begun)
+                close_split(ended, part, item_ends, values);
+            if (split_ends)
+                clear();
+            if (begun && written_out)
+                release(values);
+        };
+        if (S::OVERLAP) {
+            wgmma_wait<1>();
+        } else {
+            end_values();
+            scores();
+            wgmma_wait<0>();
+        }
+        if (more) {
+            release(keys);
+            moved = softmax<PLAIN>(s, block, sum, alpha);
+            l[0] = fad_f32_add(fad_f32_mul(l[0], alpha[0]), sum[0]);
+            l[1] = fad_f32_add(fad_f32_mul(l[1], alpha[1]), sum[1]);
+            keep_before(fad_f32_bits(sum[0]), fad_f32_bits(sum[1]), 0, 0, never(), sm.items);
+        }
+        if (S::OVERLAP)
+            end_values();
+        if (!split_ends && moved)
+            rescale(o, alpha);
+        return more;
+    }
+
+    /* All blocks of all items. */
+    __device__ __forceinline__ void run() {
+        ScoreTile s = {};
+        if (S::OVERLAP && group == S::CONSUMERS - 1)
+            pass_turn(); /* the first one's first */
+        references.clear();
+        clear();
+        for (;;) {
+            if (block >= whole && block < plain_end) {
+                const int end = min(plain_end, block + to_split_end - 1);
+                to_split_end -= end - block;
+#pragma unroll 1
+                while (block < end)
+                    step<PLAIN>(s);
+                if (block < plain_end) {
+                    step<SPLIT>(s);
+                    continue;
+                }
+            }
+            if (!step<ANY>(s))
+                return;
+        }
+    }
+};
+
+#endif
