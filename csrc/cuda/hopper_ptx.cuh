@@ -49,25 +49,6 @@ static __device__ __forceinline__ uint64_t read_once() {
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
-static __device__ __forceinline__ uint64_t keep_long() {
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-/* Reads and writes of global memory with such a policy. */
-static __device__ __forceinline__ float4 load_with(const float4 *from, uint64_t policy) {
-    float4 x;
-    asm volatile("ld.global.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "l"(from), "l"(policy)
-                 : "memory");
-    return x;
-}
-static __device__ __forceinline__ void store_with(float4 *to, float4 x, uint64_t policy) {
-    asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z),
-                 "f"(x.w), "l"(policy)
-                 : "memory");
-}
 /* Starts the copy of a box at coordinates (dim, row, head, batch); its bytes arrive at the barrier. */
 static __device__ __forceinline__ void copy_box(void *to, const CUtensorMap &map, MemoryBarrier &barrier, int dim,
                                                 int row, int head, int batch, uint64_t policy) {

@@ -174,29 +174,11 @@ template <class S> struct HopperConsumer {
             return (float4 *)work.rest + ((int64_t)blockIdx.x * S::ROWS + first) / 16 * S::N * 32 + lane;
     }
 
-    /* N8: folds the split in part and o into those before; the sum is left there. What rests in global memory is told to
-     * stay in the L2 cache, through which K and V pass. */
+    /* N8: folds the split in part and o into those before; the sum is left there. */
     __device__ __forceinline__ void fold(RowPair &part) {
         if (splits > 0)
-            fold_into(
-                total,
-                [&](int n) {
-                    const float4 *from = rest() + n * REST_STRIDE;
-                    return S::REST_IN_SHARED ? *from : load_with(from, keep_long());
-                },
-                part, o);
+            fold_into(total, [&](int n) { return rest()[n * REST_STRIDE]; }, part, o);
         total = part;
-    }
-    __device__ __forceinline__ void put_to_rest() const {
-#pragma unroll
-        for (int n = 0; n < S::N; n++) {
-            const float4 x = make_float4(o[n][0], o[n][1], o[n][2], o[n][3]);
-            float4 *to = rest() + n * REST_STRIDE;
-            if (S::REST_IN_SHARED)
-                *to = x;
-            else
-                store_with(to, x, keep_long());
-        }
     }
 
     /* To out and lse, or (spill) to a partial state: O, with m and l in part. By way of shared memory, where loops can
@@ -243,7 +225,7 @@ template <class S> struct HopperConsumer {
         if (spill || item_ends)
             write_out(sm.items[ended], part, spill, values);
         else
-            put_to_rest();
+            rest_state(rest(), REST_STRIDE, o);
         splits++;
         if (item_ends) {
             splits = 0;

@@ -190,9 +190,6 @@ inline void fence_async_proxy() {}
 inline void prefetch_map(const CUtensorMap &) {}
 inline uint64_t keep_as_usual() { return 0; }
 inline uint64_t read_once() { return 0; }
-inline uint64_t keep_long() { return 0; }
-inline float4 load_with(const float4 *from, uint64_t) { return *from; }
-inline void store_with(float4 *to, float4 x, uint64_t) { *to = x; }
 inline void copy_box(void *to, const CUtensorMap &map, MemoryBarrier &barrier, int dim, int row, int head, int batch,
                      uint64_t) {
     emulation::copy_box(to, map, barrier, dim, row, head, batch);
