@@ -1,5 +1,6 @@
-/* From a warp's rows of O at rest in shared memory to out, lse and partial states. Loops of little code: it runs once a
- * tile or split, and what is not in the instruction cache comes slowly. */
+/* From a warp's rows of O at rest in shared memory to out, lse and partial states. A loop over shared memory, which can be
+ * indexed, is less code than registers would take: it runs once a tile or split, and what is not in the instruction cache
+ * comes slowly. */
 #ifndef FAD_CUDA_HOPPER_TILE_FINISH_CUH
 #define FAD_CUDA_HOPPER_TILE_FINISH_CUH
 

@@ -116,7 +116,7 @@ template <int ROWS> struct RowTable {
     }
 };
 
-/* The largest of this lane's scores of row g or g + 8; NaN does not count, and -inf stands for none. */
+/* The largest of this lane's scores of row g (half 0) or g + 8; NaN does not count: -inf if there is nothing else. */
 static __device__ __forceinline__ float lane_maximum(const ScoreTile &s, int half) {
     float of[4]; /* so that they do not wait for each other */
 #pragma unroll

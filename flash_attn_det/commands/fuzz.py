@@ -54,7 +54,7 @@ def schedules(device: str) -> dict[str, dict[str, object]]:
     """What the device can be told to run a call with: all of it must give the same bits."""
     if device == "cpu":
         return {isa: {"isa": isa} for isa in _schedule.isas()[1:]} or {"again": {}}
-    kernels = [("generic", rows) for rows in (16, 64, 128)] + [("hopper", rows) for rows in (16, 128)]
+    kernels = [("generic", 16), ("generic", 64), ("generic", 128), ("hopper", 16), ("hopper", 128), ("cluster", 16)]
     forced = {
         f"{kernel} {rows} {'spilled' if split else 'folded'}": {
             "kernel": kernel,
