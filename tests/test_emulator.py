@@ -251,7 +251,7 @@ def test_n7_step_and_ex2_are_those_of_the_gpu(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     results = re.findall(r": (\d+) of (\d+) differ$", done.stdout, re.MULTILINE)
-    assert len(results) == 15
+    assert len(results) == 16
     assert all(int(differing) == 0 for differing, _ in results)
     assert sum(int(compared) for _, compared in results) > 10_000_000
 

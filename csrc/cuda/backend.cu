@@ -26,20 +26,24 @@ size_t lay_out_partials(const fad_attn_problem *p, int64_t n_splits, char *base,
     return 2 * ml + rows * (size_t)p->Dv * sizeof(float);
 }
 
-/* A thread block for each row of out, a thread for each of its values. */
-static fad_status run_rows(const fad_attn_problem *p, void (*kernel)(fad_attn_problem, fad_partials),
-                           const fad_partials &partials, void *stream, LaunchOptions options) {
-    return launch(kernel, tile_bound(*p, 1), (int)(p->Dv + 31) / 32 * 32, 0, stream, options, *p, partials);
-}
-
 fad_status fold_partials(const fad_attn_problem *p, const fad_partials &partials, void *stream) {
+    constexpr int FULL = 8; /* warps that each multiprocessor should have */
+    Device device;
+    TRY(get_device(&device));
+    const int64_t rows = tile_bound(*p, 1);
+    const bool many = rows * p->Dv > (int64_t)FULL * 32 * device.multiprocessors;
+    const int values = many && p->Dv % 4 == 0 ? 4 : 1;
+    const auto kernel = values == 4 ? fold_splits<4> : fold_splits<1>;
+    const int64_t warps = rows * ((p->Dv + 32 * values - 1) / (32 * values));
     cudaFuncAttributes code; /* what has been compiled for 9.0 or later waits for the kernel before it */
-    TRY_CUDA(cudaFuncGetAttributes(&code, fold_splits));
-    return run_rows(p, fold_splits, partials, stream, {0, code.ptxVersion >= 90});
+    TRY_CUDA(cudaFuncGetAttributes(&code, kernel));
+    return launch(kernel, (warps + FOLD_WARPS - 1) / FOLD_WARPS, FOLD_WARPS * 32, 0, stream, {0, code.ptxVersion >= 90},
+                  *p, partials);
 }
 
+/* A thread block for each row, a thread for each of its values. */
 fad_status store_sink_states(const fad_attn_problem *p, const fad_partials &partials, void *stream) {
-    return run_rows(p, store_sinks, partials, stream, {});
+    return launch(store_sinks, tile_bound(*p, 1), (int)(p->Dv + 31) / 32 * 32, 0, stream, {}, *p, partials);
 }
 
 static fad_status select_family(const fad_attn_problem *p, const fad_backend **family) {

@@ -5,12 +5,6 @@
 #include "output.cuh"
 #include "ptx.cuh"
 
-/* The row that a thread block works on: the number of a tile of one row. */
-static __device__ const Tile &share_row(const fad_attn_problem &p, Tile &shared) {
-    share_tile(p, 1, blockIdx.x, shared);
-    return shared;
-}
-
 /* A row's running state, and what the 32 splits after it do to it: lane i holds what split i does. Maxima are exact in any
  * order, so that all of them can be found at once. */
 struct FoldFactors {
@@ -33,58 +27,85 @@ struct FoldFactors {
     }
 };
 
-/* The fold of splits in ascending order, to out and lse. blockDim.x: Dv rounded up to a warp. Every thread walks all
- * splits of its row. Nothing hides how late memory is but asking for a warp of splits at once, and little code, which
- * comes from memory too; what needs no state is done before they are there. */
-static __global__ void fold_splits(const __grid_constant__ fad_attn_problem p, const fad_partials partials) {
-    constexpr int AHEAD = 32, TURN = 8;
-    __shared__ Tile shared;
-    const Tile &t = share_row(p, shared);
-    if (!t.exists)
+constexpr int FOLD_WARPS = 4; /* of a thread block */
+
+/* The fold of splits in ascending order, to out and lse, by a warp for 32 times VALUES dims of a row: 1, where there are so
+ * few rows that time is all latency, or 4, where rows begin at multiples of four. Nothing hides how late memory is but
+ * asking for many splits at once, and little code, which comes from memory too; what needs no state is done before they
+ * are there. */
+template <int VALUES>
+static __global__ void __launch_bounds__(FOLD_WARPS * 32, 4)
+    fold_splits(const __grid_constant__ fad_attn_problem p, const fad_partials partials) {
+    constexpr int DIMS = 32 * VALUES, TURN = 8, TURNS = VALUES == 1 ? 4 : 2; /* TURNS of TURN splits are on their way */
+    __shared__ Tile tiles[FOLD_WARPS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_dims = (int)p.Dv;
+    const int64_t parts = (n_dims + DIMS - 1) / DIMS, number = (int64_t)blockIdx.x * FOLD_WARPS + warp,
+                  row = fad_quotient(number, parts);
+    const int d = (int)(number - row * parts) * DIMS + lane * VALUES; /* the lane's first */
+    Tile &t = tiles[warp];
+    if (!locate_tile(p, 1, row, t))
         return;
-    const int lane = threadIdx.x % 32, d = threadIdx.x < p.Dv ? threadIdx.x : 0;
+    __syncwarp();                                                  /* the tile may be read */
     const int64_t rows = (p.cu_seqlens_q ? 1 : p.B) * p.Hq * p.Sq; /* of a split */
     const fad_interval seen = seen_positions(t);
-    const int64_t first = fad_partition_first(t.seq.span.k_pos, p.split_size),
-                  begin = fad_partition_first(seen.lo, p.split_size) - first;
-    int left = seen.hi > seen.lo ? (int)(fad_partition_end(seen.hi, p.split_size) - first - begin) : 0;
+    const int64_t first_split = fad_partition_first(t.seq.span.k_pos, p.split_size),
+                  begin = fad_partition_first(seen.lo, p.split_size) - first_split;
+    const int n = seen.hi > seen.lo ? (int)(fad_partition_end(seen.hi, p.split_size) - first_split - begin) : 0;
     const float *part_m = (const float *)partials.m + partial_row(p, t, 0, begin),
                 *part_l = (const float *)partials.l + partial_row(p, t, 0, begin),
-                *part_o = (const float *)partials.o + partial_values(p, t, 0, begin) + d;
+                *part_o = (const float *)partials.o + partial_values(p, t, 0, begin);
     const OutRow out = out_row(p, t, 0);
-    float m = FAD_F32_SENTINEL, l = 0, o = 0;
-    wait_for_last_kernel(); /* the states are there */
-    for (; left > 0; left -= AHEAD) {
-        float values[AHEAD];
-        const float of_m = lane < left ? part_m[lane * rows] : FAD_F32_SENTINEL,
-                    of_l = lane < left ? part_l[lane * rows] : 0;
+    float m = FAD_F32_SENTINEL, l = 0, o[VALUES] = {};
+    alignas(16) float values[TURNS][TURN][VALUES];
+    auto load = [&](float (&turn)[TURN][VALUES], int from) {
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++)
-            values[i] = i < left ? part_o[i * rows * p.Dv] : 0;
+        for (int i = 0; i < TURN; i++) {
+            const float *x = part_o + (from + i) * rows * n_dims + d;
+            const bool exists = from + i < n && d < n_dims;
+            if constexpr (VALUES == 1)
+                turn[i][0] = exists ? *x : 0;
+            else
+                *(float4 *)turn[i] = exists ? *(const float4 *)x : make_float4(0, 0, 0, 0);
+        }
+    };
+    wait_for_last_kernel(); /* the states are there */
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++)
+        load(values[turn], turn * TURN);
+#pragma unroll 1
+    for (int base = 0; base < n; base += 32) {
+        const int own = base + lane;
+        const float of_m = own < n ? part_m[own * rows] : FAD_F32_SENTINEL, of_l = own < n ? part_l[own * rows] : 0;
         const FoldFactors factors(m, of_m, of_l);
 #pragma unroll
-        for (int turn = 0; turn < AHEAD; turn += TURN)
-            if (turn < left)
+        for (int at = 0; at < 32; at += TURN) {
+            if (base + at >= n)
+                break;
+            float (&turn)[TURN][VALUES] = values[at / TURN % TURNS];
 #pragma unroll
-                for (int i = turn; i < turn + TURN; i++) { /* folding an empty state changes nothing but -0 */
-                    const float a = __shfl_sync(~0u, factors.before, i), b = __shfl_sync(~0u, factors.part, i);
-                    l = fad_f32_fold(l, a, __shfl_sync(~0u, factors.l, i), b);
-                    o = fad_f32_fold(o, a, values[i], b);
-                }
-        part_m += AHEAD * rows, part_l += AHEAD * rows, part_o += AHEAD * rows * p.Dv;
+            for (int i = 0; i < TURN; i++) { /* folding an empty state changes nothing but -0 */
+                const float a = __shfl_sync(~0u, factors.before, at + i), b = __shfl_sync(~0u, factors.part, at + i);
+                l = fad_f32_fold(l, a, __shfl_sync(~0u, factors.l, at + i), b);
+#pragma unroll
+                for (int e = 0; e < VALUES; e++)
+                    o[e] = fad_f32_fold(o[e], a, turn[i][e], b);
+            }
+            load(turn, base + at + TURNS * TURN);
+        }
     }
     const float a = p.sinks && t.n_active ? fold_sink(p, t, 0, m, l) : 1;
-    if (threadIdx.x < p.Dv)
-        out.store(d, fad_f32_finish_out(fad_f32_mul(o, a), l));
-    if (threadIdx.x == 0)
+#pragma unroll
+    for (int e = 0; e < VALUES; e++)
+        if (d < n_dims)
+            out.store(d + e, fad_f32_finish_out(fad_f32_mul(o[e], a), l));
+    if (d == 0)
         store_lse(p, t, 0, m, l);
 }
 
 /* The sink as one more state, behind the splits; empty for rows past n_q. */
 static __global__ void store_sinks(const __grid_constant__ fad_attn_problem p, const fad_partials partials) {
-    __shared__ Tile shared;
-    const Tile &t = share_row(p, shared);
-    if (!t.exists)
+    __shared__ Tile t; /* one row */
+    if (!share_tile(p, 1, blockIdx.x, t))
         return;
     const int64_t split = partials.n_splits - 1, at = partial_row(p, t, 0, split);
     float l, m = fad_f32_sink_state(((const float *)p.sinks)[row_of(t, 0).h], &l);

@@ -107,20 +107,6 @@ template <int PENDING> static __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-/* Keeps x, and what it comes from, before what follows: ptxas moves waits over arithmetic, up to where nothing is left to
- * overlap with, and arithmetic behind the start of matrix instructions, but neither over a store. This one, to `place` in
- * shared memory, is never executed: `never` is false, which the compiler cannot know. */
-static __device__ __forceinline__ void keep_before(unsigned x, unsigned y, unsigned z, unsigned w, bool never,
-                                                   void *place) {
-    asm volatile("{\n"
-                 ".reg .pred never;\n"
-                 "setp.ne.u32 never, %4, 0;\n"
-                 "@never st.shared.v4.u32 [%5], {%0, %1, %2, %3};\n"
-                 "}" ::"r"(x),
-                 "r"(y), "r"(z), "r"(w), "r"((unsigned)never), "r"(shared_address(place))
-                 : "memory");
-}
-
 /* A matrix in shared memory: rows of 128 bytes, permuted as the copy engine's 128-byte swizzle does, in groups of eight
  * rows. across: bytes from one piece of 64 columns to the next, for matrices whose columns are contiguous in n. */
 static __device__ __forceinline__ uint64_t matrix_descriptor(const void *start, int across) {

@@ -24,7 +24,6 @@ template <class S> struct HopperConsumer {
     int whole = 0, n_whole = 0;       /* of its range */
     int plain_end = 0;                /* of the blocks that are plain, and the next is: from `whole` on */
     int splits = 0, to_split_end = 1; /* that have ended; blocks up to the end of the current one */
-    RowPair total;                    /* of the splits that have ended */
     float l[2] = {0, 0};              /* this lane's l_t of rows g and g + 8 */
     References references;
     unsigned q[S::Q_IN_REGISTERS ? S::D / 16 : 1][4];
@@ -43,9 +42,6 @@ template <class S> struct HopperConsumer {
                 o[n][e] = 0;
     }
 
-    /* For keep_before. */
-    __device__ __forceinline__ bool never() const { return work.n_tiles < 0; }
-
     /* The slots of the ring where the next block of K or V lies; in use until released. */
     struct Slots {
         int part[S::PARTS];
@@ -63,12 +59,27 @@ template <class S> struct HopperConsumer {
     }
     __device__ __forceinline__ bool block_arrived() const { return barrier_test(sm.full[ring.index], ring.round); }
     __device__ __forceinline__ void release(const Slots &slots) const {
+#pragma unroll
+        for (int i = 0; i < S::PARTS; i++)
+            release_part(slots, i);
+    }
+    __device__ __forceinline__ void release_part(const Slots &slots, int i) const {
         __syncwarp();
         if (lane == 0)
-#pragma unroll
-            for (int i = 0; i < S::PARTS; i++)
-                barrier_arrive(sm.empty[slots.part[i]]);
+            barrier_arrive(sm.empty[slots.part[i]]);
         __syncwarp(); /* or the compiler takes all that follows for divergent: numbers of the warp in a lane's registers */
+    }
+
+    /* Waits for the products that were started last, with these slots, and releases them. */
+    __device__ __forceinline__ void finish_products(const Slots &slots, bool releases) const {
+        if constexpr (S::PARTS == 2) { /* its first part is waited for by those who copy: there are few slots */
+            wgmma_wait<1>();
+            if (releases)
+                release_part(slots, 0);
+        }
+        wgmma_wait<0>();
+        if (releases)
+            release_part(slots, S::PARTS - 1);
     }
 
     /* N7: starts S = Q K^T for a block of keys. */
@@ -83,47 +94,45 @@ template <class S> struct HopperConsumer {
             else
                 wgmma_scores<S::T>(
                     s, matrix_at(q_tiles, q_buffer.index * (int)sizeof sm.q[0] + k / 4 * S::Q_BOX + dims), b, k > 0);
+            if ((k + 1) % (S::D / 16 / S::PARTS) == 0)
+                wgmma_commit();
         }
-        wgmma_commit();
     }
 
     /* N7: starts O += P V. */
     __device__ __forceinline__ void start_values(const ProbabilityFragments &a, const Slots &values) {
         wgmma_fence();
 #pragma unroll
-        for (int part = 0; part < S::PARTS; part++)
+        for (int part = 0; part < S::PARTS; part++) {
 #pragma unroll
             for (int k = 0; k < BLOCK_KEYS / 16; k++)
                 wgmma_values<S::T>(*(float (*)[S::PART_N][4]) & o[part * S::PART_N], a[k],
                                    matrix_at(v_ring, values.part[part] * S::SLOT + k * 16 * 128));
-        wgmma_commit();
+            wgmma_commit();
+        }
     }
 
     __device__ __forceinline__ bool is_partial(int block) const {
         return (unsigned)(block - whole) >= (unsigned)n_whole;
     }
 
-    /* N4 to N7: from scores to probabilities, and this lane's b_t in sum. Returns whether references moved; alpha tells
-     * how O and l have to follow. PLAIN: the rule is, and every row sees the whole block. */
-    template <bool PLAIN>
-    __device__ __forceinline__ bool softmax(ScoreTile &s, int block, float (&sum)[2], float (&alpha)[2]) {
+    /* N4 to N6: options, masks and the references of a block. Returns whether references moved; alpha tells how O and l
+     * have to follow. PLAIN: the rule is, and every row sees the whole block. */
+    template <bool PLAIN> __device__ __forceinline__ bool advance(ScoreTile &s, int block, float (&alpha)[2]) {
         const ScoreRule &rule = work.rule;
         const bool partial = !PLAIN && is_partial(block);
-        if (!PLAIN && (partial || !rule.plain)) {
+        if (!PLAIN && !rule.plain) {
             const RowView g(p, item().t, item().range, first + lane / 4),
                 g8(p, item().t, item().range, first + lane / 4 + 8);
-            if (!rule.plain)
-                apply_options(s, g, g8, rule, block);
-            if (partial) {
-                g.mask(s, 0, block);
-                g8.mask(s, 1, block);
-            }
+            apply_options(s, g, g8, rule, block);
         }
+        if (partial)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                item().seen[first + lane / 4 + half * 8].mask(s, half, block);
         float x_max[2];
         row_maxima<S::INTEGER_MAXIMA>(s, x_max);
-        const bool moved = references.advance(x_max, rule.c, alpha);
-        references.apply<S::T>(s, rule.c, sum);
-        return moved;
+        return references.advance(x_max, rule.c, alpha);
     }
 
     /* N11: whether a block's values have Inf or NaN. Every consumer gets the same answer. */
@@ -165,9 +174,16 @@ template <class S> struct HopperConsumer {
 
     /* ---- ends of splits and items ---- */
 
+    /* The number of the lane, computed here: what rare code computes from the one above, the compiler computes before the
+     * loop, and spills. */
+    static __device__ __forceinline__ int lane_here() {
+        int lane = threadIdx.x % 32;
+        asm volatile("" : "+r"(lane));
+        return lane;
+    }
     /* Where O rests between splits, n8 tile n at n * REST_STRIDE. */
     static constexpr int REST_STRIDE = 32;
-    __device__ __forceinline__ float4 *rest() const {
+    __device__ __forceinline__ float4 *rest(int lane) const {
         if constexpr (S::REST_IN_SHARED)
             return &sm.rest[first / 16][0][rest_place(lane / 4, lane % 4)];
         else
@@ -176,9 +192,20 @@ template <class S> struct HopperConsumer {
 
     /* N8: folds the split in part and o into those before; the sum is left there. */
     __device__ __forceinline__ void fold(RowPair &part) {
-        if (splits > 0)
-            fold_into(total, [&](int n) { return rest()[n * REST_STRIDE]; }, part, o);
-        total = part;
+        const int lane = lane_here();
+        float2 *const totals = &sm.totals[first + lane / 4]; /* of rows g and g + 8 */
+        if (splits > 0) {
+            const float4 *const before = rest(lane);
+            const float2 total = totals[0], total8 = totals[8];
+            fold_into<S::REST_IN_SHARED ? 4 : 8>(
+                {{total.x, total8.x}, {total.y, total8.y}}, [&](int n) { return before[n * REST_STRIDE]; }, part, o);
+        }
+        __syncwarp(); /* totals may be overwritten */
+        if (lane % 4 == 0) {
+            totals[0] = make_float2(part.m[0], part.l[0]);
+            totals[8] = make_float2(part.m[1], part.l[1]);
+        }
+        __syncwarp(); /* they may be read */
     }
 
     /* To out and lse, or (spill) to a partial state: O, with m and l in part. By way of shared memory, where loops can
@@ -197,6 +224,7 @@ template <class S> struct HopperConsumer {
             named_barrier_sync(ALL_CONSUMERS, S::CONSUMERS * GROUP_THREADS); /* the values may be overwritten */
         }
         RestTile<AT_ONCE> &tile = tiles[first % GROUP_ROWS / 16];
+        const int lane = lane_here();
         float2 states[2]; /* of row `first` + lane % 8, and of the eighth after it */
 #pragma unroll
         for (int half = 0; half < 2; half++)
@@ -225,7 +253,7 @@ template <class S> struct HopperConsumer {
         if (spill || item_ends)
             write_out(sm.items[ended], part, spill, values);
         else
-            rest_state(rest(), REST_STRIDE, o);
+            rest_state(rest(lane_here()), REST_STRIDE, o);
         splits++;
         if (item_ends) {
             splits = 0;
@@ -260,9 +288,11 @@ template <class S> struct HopperConsumer {
     __device__ __forceinline__ void take_queries() {
         barrier_wait(sm.q_full[q_buffer.index], q_buffer.round);
         if constexpr (S::Q_IN_REGISTERS) {
+            int row = first % GROUP_ROWS;
+            asm volatile("" : "+r"(row)); /* as in lane_here */
 #pragma unroll
             for (int k = 0; k < S::D / 16; k++)
-                load_fragment<8>(q[k], sm.q[q_buffer.index][group] + k / 4 * S::Q_BOX, first % GROUP_ROWS, k % 4);
+                load_fragment<8>(q[k], sm.q[q_buffer.index][group] + k / 4 * S::Q_BOX, row, k % 4);
             warp_arrive(sm.q_empty[q_buffer.index]);
             q_buffer.advance(S::Q_BUFFERS);
         }
@@ -280,10 +310,10 @@ template <class S> struct HopperConsumer {
      * in two. These have code of their own, without all that is rare, which would lie in the way and take registers. */
     enum Kind { PLAIN, SPLIT, ANY };
 
-    /* s holds the probabilities of the present block, and at the end those of the next. False: there is no next. */
-    template <Kind KIND> __device__ __forceinline__ bool step(ScoreTile &s) {
+    /* s holds the probabilities of the present block, and at the end those of the next; with OVERLAP a has them, rounded.
+     * False: there is no next. */
+    template <Kind KIND> __device__ __forceinline__ bool step(ScoreTile &s, ProbabilityFragments &a) {
         constexpr bool PLAIN = KIND != Kind::ANY;
-        ProbabilityFragments a; /* in use until the values step is complete: not written again before */
         RowPair part;
         Slots keys = {}, values = {};
         float alpha[2], sum[2];
@@ -293,11 +323,8 @@ template <class S> struct HopperConsumer {
                    partial = !PLAIN && begun && is_partial(block);
         const bool split_ends = PLAIN ? KIND == Kind::SPLIT : (--to_split_end == 0) | item_ends;
         bool arrived = S::OVERLAP && block_arrived();
-        round_probabilities<S::T>(a, s);
-        if (S::OVERLAP)
-#pragma unroll
-            for (int k = 0; k < BLOCK_KEYS / 16; k++)
-                keep_before(a[k][0], a[k][1], a[k][2], a[k][3], never(), sm.items);
+        if (!S::OVERLAP)
+            round_probabilities<S::T>(a, s);
         if (item_ends) {
             if (begun)
                 release_queries();
@@ -325,23 +352,24 @@ template <class S> struct HopperConsumer {
             values = wait_for_block(arrived);
         if (partial && values_not_finite(values))
             add_guarded(a, values, sm.items[ended], here);
+        if (!S::OVERLAP)
+            take_turn();
         start_values(a, values);
-        if (S::OVERLAP && PLAIN)
+        if (S::OVERLAP ? PLAIN : split_ends)
             pass_turn();
         if (split_ends) {
             part = {{references.reference(0), references.reference(1)}, {sum_lanes(l[0]), sum_lanes(l[1])}};
             references.clear();
             l[0] = l[1] = 0;
         }
-        auto end_values = [&] {
-            wgmma_wait<0>();
-            const bool written_out = !S::REST_IN_SHARED && (item_ends || (split_ends && work.partials.o));
-            if (begun && !written_out)
-                release(values);
-            if (split_ends && begun)
+        const bool written_out = !S::REST_IN_SHARED && (item_ends || (split_ends && work.partials.o));
+        auto end_values = [&] { finish_products(values, begun && !written_out); };
+        auto end_split = [&] {
+            if (!split_ends)
+                return;
+            if (begun)
                 close_split(ended, part, item_ends, values);
-            if (split_ends)
-                clear();
+            clear();
             if (begun && written_out)
                 release(values);
         };
@@ -349,18 +377,28 @@ template <class S> struct HopperConsumer {
             wgmma_wait<1>();
         } else {
             end_values();
+            end_split();
             scores();
-            wgmma_wait<0>();
+            if (!split_ends)
+                pass_turn();
+            finish_products(keys, more);
         }
         if (more) {
-            release(keys);
-            moved = softmax<PLAIN>(s, block, sum, alpha);
-            l[0] = fad_f32_add(fad_f32_mul(l[0], alpha[0]), sum[0]);
-            l[1] = fad_f32_add(fad_f32_mul(l[1], alpha[1]), sum[1]);
-            keep_before(fad_f32_bits(sum[0]), fad_f32_bits(sum[1]), 0, 0, never(), sm.items);
+            if (S::OVERLAP)
+                release(keys);
+            moved = advance<PLAIN>(s, block, alpha);
         }
         if (S::OVERLAP)
-            end_values();
+            end_values(); /* and a may be overwritten */
+        if (more) {
+            references.apply<S::T>(s, work.rule.c, sum);
+            if (S::OVERLAP)
+                round_probabilities<S::T>(a, s);
+            l[0] = fad_f32_add(fad_f32_mul(l[0], alpha[0]), sum[0]);
+            l[1] = fad_f32_add(fad_f32_mul(l[1], alpha[1]), sum[1]);
+        }
+        if (S::OVERLAP)
+            end_split();
         if (!split_ends && moved)
             rescale(o, alpha);
         return more;
@@ -369,7 +407,8 @@ template <class S> struct HopperConsumer {
     /* All blocks of all items. */
     __device__ __forceinline__ void run() {
         ScoreTile s = {};
-        if (S::OVERLAP && group == S::CONSUMERS - 1)
+        ProbabilityFragments a = {};
+        if (group == S::CONSUMERS - 1)
             pass_turn(); /* the first one's first */
         references.clear();
         clear();
@@ -379,13 +418,13 @@ template <class S> struct HopperConsumer {
                 to_split_end -= end - block;
 #pragma unroll 1
                 while (block < end)
-                    step<PLAIN>(s);
+                    step<PLAIN>(s, a);
                 if (block < plain_end) {
-                    step<SPLIT>(s);
+                    step<SPLIT>(s, a);
                     continue;
                 }
             }
-            if (!step<ANY>(s))
+            if (!step<ANY>(s, a))
                 return;
         }
     }

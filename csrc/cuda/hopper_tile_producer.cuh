@@ -45,6 +45,8 @@ template <class S> struct ItemProducer {
                 __syncwarp(); /* the item may be overwritten */
             }
             if (threadIdx.x % 32 == 0) {
+                if (exists)
+                    item.seen = TileSeenKeys(item.t, item.range);
                 item.exists = exists;
                 barrier_arrive(sm.item_full[slot.index]);
             }

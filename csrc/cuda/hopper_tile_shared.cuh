@@ -33,6 +33,7 @@ struct HopperShape {
 struct HopperItem {
     Tile t;
     KeyRange range;
+    TileSeenKeys seen;
     bool exists; /* false: there is no further one */
 };
 
@@ -49,6 +50,7 @@ template <class S> struct HopperShared {
     char q[S::Q_BUFFERS][S::CONSUMERS][S::Q_TILE];
     RestTile<S::N> rest[S::REST_IN_SHARED ? S::CONSUMING_WARPS : 0]; /* each consuming warp's */
     HopperItem items[ITEMS];
+    float2 totals[S::ROWS]; /* m and l of the splits that have ended */
     /* full: the copies have arrived. empty: every consuming warp is done with it. */
     MemoryBarrier full[S::SLOTS], empty[S::SLOTS];
     MemoryBarrier q_full[S::Q_BUFFERS], q_empty[S::Q_BUFFERS], item_full[ITEMS], item_empty[ITEMS];

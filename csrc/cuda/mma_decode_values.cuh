@@ -126,7 +126,7 @@ template <class S> struct ValueWarp : DecodeWarp<S> {
             return;
         }
         if (nth > 0)
-            fold_into(total(), [&](int n) { return sm.rest[n][thread()]; }, state, o);
+            fold_into<S::N>(total(), [&](int n) { return sm.rest[n][thread()]; }, state, o);
         set_total(state);
         rest_state(&sm.rest[0][thread()], ROLE_THREADS, o);
     }

@@ -12,9 +12,11 @@ struct RowPair {
     float m[2], l[2];
 };
 
-/* N8: folds the state before, whose O is rest(n) for n8 tile n, and the split in part and o; the sum is left there. */
-template <int N, class Rest>
+/* N8: folds the state before, whose O is rest(n) for n8 tile n, and the split in part and o; the sum is left there. The
+ * loads of AT_ONCE n8 tiles are on their way together: many where they come from far away, few where registers are. */
+template <int AT_ONCE, int N, class Rest>
 static __device__ __forceinline__ void fold_into(const RowPair &before, Rest rest, RowPair &part, float (&o)[N][4]) {
+    static_assert(N % AT_ONCE == 0, "whole turns");
     float a[2], b[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -24,26 +26,20 @@ static __device__ __forceinline__ void fold_into(const RowPair &before, Rest res
         part.l[i] = fad_f32_fold(before.l[i], a[i], part.l[i], b[i]);
         part.m[i] = now;
     }
-    /* Not one after the other: what rests may lie far away, and the loads of a batch are on their way together. */
-    constexpr int BATCH = N < 16 ? N : 16;
 #pragma unroll
-    for (int n = 0; n < N; n++)
+    for (int first = 0; first < N; first += AT_ONCE) {
+        float4 r[AT_ONCE];
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-            o[n][e] = fad_f32_mul(o[n][e], b[e / 2]);
-#pragma unroll
-    for (int first = 0; first < N; first += BATCH) {
-        float4 r[BATCH];
-#pragma unroll
-        for (int n = 0; n < BATCH; n++)
+        for (int n = 0; n < AT_ONCE; n++)
             r[n] = rest(first + n);
+        __syncwarp(); /* or the compiler asks for more at once, and spills */
 #pragma unroll
-        for (int n = 0; n < BATCH; n++) {
+        for (int n = 0; n < AT_ONCE; n++) {
             float (&x)[4] = o[first + n];
-            x[0] = fad_f32_add(fad_f32_mul(r[n].x, a[0]), x[0]);
-            x[1] = fad_f32_add(fad_f32_mul(r[n].y, a[0]), x[1]);
-            x[2] = fad_f32_add(fad_f32_mul(r[n].z, a[1]), x[2]);
-            x[3] = fad_f32_add(fad_f32_mul(r[n].w, a[1]), x[3]);
+            x[0] = fad_f32_fold(r[n].x, a[0], x[0], b[0]);
+            x[1] = fad_f32_fold(r[n].y, a[0], x[1], b[0]);
+            x[2] = fad_f32_fold(r[n].z, a[1], x[2], b[1]);
+            x[3] = fad_f32_fold(r[n].w, a[1], x[3], b[1]);
         }
     }
 }

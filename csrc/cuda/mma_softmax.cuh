@@ -14,13 +14,58 @@ constexpr int KEY_TILES = BLOCK_KEYS / 8; /* n8 tiles of a block */
 /* Scores of a warp's 16 rows and one block: [n8 tile][row g: 0, 1; row g + 8: 2, 3]. */
 typedef float ScoreTile[KEY_TILES][4];
 
-/* What masks and ALiBi need of a row; keys as in KeyRange. Rows past n_active see nothing. */
-struct RowView {
-    int lo, hi, pos; /* keys seen, and the row's own */
-    float slope;     /* -slope */
+/* The keys that a row sees; numbered as in KeyRange. */
+struct SeenKeys {
+    int lo, hi;
+
+    /* Of this lane's keys of a block, two in each n8 tile, how many come before key `end`. */
+    static __device__ __forceinline__ int keys_before(int end, int block) {
+        const int left = min(max(end - block * BLOCK_KEYS - (int)threadIdx.x % 4 * 2, 0), BLOCK_KEYS);
+        return left / 8 * 2 + min(left % 8, 2);
+    }
+    /* N4: -inf where the row does not see a key. The lane's 32 keys are bits of a word. */
+    __device__ __forceinline__ void mask(ScoreTile &s, int half, int block) const {
+        static_assert(KEY_TILES * 2 == 32, "a bit for each key");
+        const unsigned seen =
+            (unsigned)(((UINT64_C(1) << keys_before(hi, block)) - 1) & ~((UINT64_C(1) << keys_before(lo, block)) - 1));
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                if (!(seen >> (n * 2 + e) & 1))
+                    s[n][half * 2 + e] = -INFINITY;
+    }
+};
+
+/* The same for every row of a tile, in a few numbers: as fad_visible says, a row's bounds are those of the row before it
+ * plus one, within those of all keys. */
+struct TileSeenKeys {
+    int from, to; /* all keys */
+    int lo, hi;   /* bounds of the sequence's row i0 */
+    unsigned g0, group, n_active;
+
+    __device__ TileSeenKeys(const Tile &t, const KeyRange &range) : g0(t.g0), group(t.group), n_active(t.n_active) {
+        constexpr int64_t FAR = 1024; /* more than a tile has rows; copies end before INT32_MAX - FAR */
+        const fad_span &span = t.seq.span;
+        const int64_t position = fad_query_position(&span, t.i0) - range.first, begin = span.k_pos - range.first;
+        from = (int)max(begin, (int64_t)0);
+        to = (int)(begin + span.n_k);
+        lo = span.left < 0 ? -(int)FAR : (int)fad_clamp(position - span.left, -FAR, INT32_MAX - FAR);
+        hi = span.right < 0 ? to : (int)fad_clamp(position + span.right + 1, -FAR, INT32_MAX - FAR);
+    }
+    __device__ __forceinline__ SeenKeys operator[](unsigned r) const {
+        const int rows = (int)(group == 1 ? g0 + r : (g0 + r) / group); /* from row i0 on */
+        return r < n_active ? SeenKeys{max(lo + rows, from), max(min(hi + rows, to), 0)} : SeenKeys{0, 0};
+    }
+};
+
+/* What masks and ALiBi need of a row. Rows past n_active see nothing. */
+struct RowView : SeenKeys {
+    int pos;     /* the row's own, numbered as keys are */
+    float slope; /* -slope */
 
     __device__ RowView(const fad_attn_problem &p, const Tile &t, const KeyRange &range, int r)
-        : lo(0), hi(0), pos(0), slope(0) {
+        : SeenKeys{0, 0}, pos(0), slope(0) {
         if (r >= t.n_active)
             return;
         const Row row = row_of(t, r);
@@ -31,18 +76,7 @@ struct RowView {
         if (p.alibi_slopes)
             slope = -((const float *)p.alibi_slopes)[t.seq.index * p.alibi_stride_b + row.h];
     }
-    __device__ RowView(int lo_, int hi_, int pos_, float slope_) : lo(lo_), hi(hi_), pos(pos_), slope(slope_) {}
-
-    /* N4: -inf where the row does not see a key. */
-    __device__ __forceinline__ void mask(ScoreTile &s, int half, int block) const {
-        const int here = block * BLOCK_KEYS + threadIdx.x % 4 * 2, from = lo - here, to = hi - here;
-#pragma unroll
-        for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-                if (n * 8 + e < from || n * 8 + e >= to)
-                    s[n][half * 2 + e] = -INFINITY;
-    }
+    __device__ RowView(int lo_, int hi_, int pos_, float slope_) : SeenKeys{lo_, hi_}, pos(pos_), slope(slope_) {}
 };
 
 /* N5: x from s for a warp's rows g and g8 (g + 8). Options are rare and their code is long: it does a quarter of the tile

@@ -119,7 +119,7 @@ template <class S> struct MmaWarp {
             part.l[half] = sum_lanes(l[half]);
         }
         if (fold)
-            fold_into(total(), [&](int n) { return rest[n * S::THREADS]; }, part, o);
+            fold_into<8>(total(), [&](int n) { return rest[n * S::THREADS]; }, part, o);
         __syncwarp(); /* totals may be overwritten */
         if (lane % 4 == 0) {
             sm.total_m[r] = part.m[0], sm.total_m[r + 8] = part.m[1];

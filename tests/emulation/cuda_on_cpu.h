@@ -199,10 +199,6 @@ inline bool named_barrier_or(int id, int threads, bool value) {
 }
 template <int REGISTERS> inline void give_registers() {}
 template <int REGISTERS> inline void take_registers() {}
-inline void keep_before(unsigned, unsigned, unsigned, unsigned, bool never, void *) {
-    if (never)
-        emulation::fail("keep_before stores");
-}
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulation::commit_matrices(); }
 template <int PENDING> inline void wgmma_wait() { emulation::wait_matrices(PENDING); }
