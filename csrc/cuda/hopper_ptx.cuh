@@ -49,6 +49,10 @@ static __device__ __forceinline__ uint64_t read_once() {
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
+/* Asks for the line of `address` to be in the L2 cache soon. */
+static __device__ __forceinline__ void prefetch_line(const void *address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
 /* Starts the copy of a box at coordinates (dim, row, head, batch); its bytes arrive at the barrier. */
 static __device__ __forceinline__ void copy_box(void *to, const CUtensorMap &map, MemoryBarrier &barrier, int dim,
                                                 int row, int head, int batch, uint64_t policy) {

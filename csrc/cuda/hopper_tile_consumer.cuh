@@ -190,6 +190,16 @@ template <class S> struct HopperConsumer {
             return (float4 *)work.rest + ((int64_t)blockIdx.x * S::ROWS + first) / 16 * S::N * 32 + lane;
     }
 
+    /* K and V pass through the L2 cache between two folds, and may have driven out what rests. */
+    __device__ __forceinline__ void prefetch_rest() const {
+        constexpr int LINE = 128, LINES = S::N * 32 * (int)sizeof(float4) / LINE; /* of a warp */
+        const char *const lines = (const char *)rest(0);
+        const int lane = lane_here();
+#pragma unroll
+        for (int i = 0; i < LINES; i += 32)
+            prefetch_line(lines + (i + lane) * LINE);
+    }
+
     /* N8: folds the split in part and o into those before; the sum is left there. */
     __device__ __forceinline__ void fold(RowPair &part) {
         const int lane = lane_here();
@@ -334,6 +344,8 @@ template <class S> struct HopperConsumer {
             if (split_ends)
                 to_split_end = uniform(item().range.split_blocks);
         }
+        if (!S::REST_IN_SHARED && split_ends && begun && splits > 0 && !work.partials.o)
+            prefetch_rest();
         auto scores = [&] {
             if (item_ends && more)
                 take_queries();

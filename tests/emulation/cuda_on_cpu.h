@@ -199,6 +199,7 @@ inline bool named_barrier_or(int id, int threads, bool value) {
 }
 template <int REGISTERS> inline void give_registers() {}
 template <int REGISTERS> inline void take_registers() {}
+inline void prefetch_line(const void *) {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulation::commit_matrices(); }
 template <int PENDING> inline void wgmma_wait() { emulation::wait_matrices(PENDING); }
