@@ -174,6 +174,19 @@ def test_a_flipped_bit_of_the_inputs_is_found(call, which):
     assert 0.8 * noticing <= report.differing_rows <= noticing
 
 
+@pytest.mark.parametrize(("state", "index"), [(0, (1, 1, 7, 2, 5)), (1, (1, 1, 2, 7)), (2, (1, 1, 2, 7))], ids="oml")
+def test_a_flipped_bit_of_a_partial_state_is_found(call, state, index):
+    """As if it went wrong on its way from one kernel to the next: the second split's, which every row sees."""
+    (q, k, v, *_), options = call
+    partials = fad.attn_partials(q, k, v, **options)
+    result = fad.merge_partials(partials, return_lse=True)
+    assert fad.audit(q, k, v, *result, **options, rows=ALL).ok
+    partials = partials._replace(**{partials._fields[state]: flipped(partials[state], index, 23)})
+    report = fad.audit(q, k, v, *fad.merge_partials(partials, return_lse=True), **options, rows=ALL)
+    assert (report.ok, report.differing_rows) == (False, 1)
+    assert report.first.coordinate[:3] == (1, 7, 2)
+
+
 def test_a_flipped_bit_is_found_at_the_rate_of_the_sample(call):
     """16 of 160 rows a time find one wrong row in one audit of ten: in 200, a binomial of mean 20 and deviation 4.2."""
     arguments, options = list(call[0]), call[1]
