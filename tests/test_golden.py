@@ -94,8 +94,7 @@ def test_n7_golden_hashes_of_hopper():
 
 @pytest.mark.parametrize("isa", _schedule.isas())
 def test_n7_golden_hashes_of_hopper_by_its_emulation(isa):
-    """What a GPU recorded, a CPU computes again; the slow scalar code does some of it. The next test is the control: it is
-    not what fma gives."""
+    """What a GPU recorded, a CPU computes again; the slow scalar code does some of it. The next test is the control."""
     expected = golden(MMA_SM90)
     with _schedule.forced(isa=isa):
         actual = hashes(MMA_CASES[:: 12 if isa == "scalar" else 1], arithmetic="mma_sm90")
