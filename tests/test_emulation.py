@@ -47,7 +47,12 @@ def test_n1_every_schedule_gives_the_bits_of_the_cpu(tmp_path):
 
 # Mistakes that the emulation must notice: a line of the sources, what is made of it, and a head dim where it matters.
 MISTAKES = {
-    "keys released while scores are computed": (CONSUMER, "            wgmma_wait<1>();\n", "", "64"),
+    "keys released while scores are computed": (
+        CONSUMER,
+        "        if (S::OVERLAP) {\n            wgmma_wait<1>();\n",
+        "        if (S::OVERLAP) {\n",
+        "64",
+    ),
     "a split of one block more": (
         CONSUMER,
         "to_split_end = uniform(item().range.split_blocks);",

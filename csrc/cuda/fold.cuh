@@ -1,4 +1,4 @@
-/* N8 on spilled states: one value of out a thread, all of a row in one thread block. */
+/* N8 on spilled states: a warp folds some dims of a row of out. */
 #ifndef FAD_CUDA_FOLD_CUH
 #define FAD_CUDA_FOLD_CUH
 
