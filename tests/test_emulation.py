@@ -16,7 +16,7 @@ import flash_attn_det
 HERE = Path(__file__).parent / "emulation"
 CSRC = HERE.parents[1] / "csrc"
 LIBRARY = Path(flash_attn_det.__file__).parent / "lib" / "libflash_attn_det.so"
-CONSUMER, FINISH = "cuda/hopper_tile_consumer.cuh", "cuda/hopper_tile_finish.cuh"
+CONSUMER, OUTPUT = "cuda/hopper_tile_consumer.cuh", "cuda/mma_output.cuh"
 PRODUCER, SOFTMAX = "cuda/hopper_tile_producer.cuh", "cuda/mma_softmax.cuh"
 CALLS, SECONDS = 60, 300
 
@@ -59,8 +59,10 @@ MISTAKES = {
         "to_split_end = uniform(item().range.split_blocks) + 1;",
         "128",
     ),
-    "no care for values that are not seen": (CONSUMER, "if (partial && values_not_finite(values))", "if (false)", "64"),
-    "quotients always computed the near way": (FINISH, "if (n_end == 0 || range.near<T>(l))", "if (true)", "128"),
+    "no care for values that are not seen": (CONSUMER, "if (partial && values_not_finite())", "if (false)", "64"),
+    "values checked before they are there": (PRODUCER, "barrier_wait(sm.full[slot.index], slot.round);", "", "128"),
+    "a chain that goes on over the end of a split": (CONSUMER, "first_values = split_ends;", "first_values = false;", "64"),
+    "quotients always computed the near way": (OUTPUT, "    if (all(near))\n", "    if (true)\n", "128"),
     "maxima always compared as integers": (
         SOFTMAX,
         "if (INTEGERS && !__any_sync",

@@ -286,7 +286,7 @@ template <class S> struct ClusterThread {
         const int g = lane / 4;
         const float of_tile[1][4] = {{o[0], o[1], o[2], o[3]}};
         const RowPair state = {{of_row(m, g), of_row(m, g + 8)}, {sm.l[g], sm.l[g + 8]}};
-        spill_rows(p, sm.t, partials, sm.range.split, 0, state, of_tile, first_dim, first_dim == 0);
+        spill_rows(p, sm.t, partials, sm.range.split, 0, state, of_tile, first_dim);
     }
 
     /* From the item to its state. */

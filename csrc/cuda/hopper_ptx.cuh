@@ -187,20 +187,23 @@ static __device__ __forceinline__ void wgmma_scores(float (&s)[8][4], uint64_t a
 #undef FAD_WGMMA
 }
 
-/* N7, one step for 64 rows by 8 * N values: o += a [64, 16] b [16, 8 N]; b: keys are rows of values, 64 to a piece. */
+/* N7, one step for 64 rows by 8 * N values: o (+)= a [64, 16] b [16, 8 N]; b: keys are rows of values, 64 to a piece.
+ * accumulate: 0 starts a chain. */
 template <fad_dtype T, int N>
-static __device__ __forceinline__ void wgmma_values(float (&o)[N][4], const unsigned (&a)[4], uint64_t b) {
+static __device__ __forceinline__ void wgmma_values(float (&o)[N][4], const unsigned (&a)[4], uint64_t b,
+                                                    int accumulate = 1) {
     static_assert(N == 8 || N == 16, "64 or 128 values");
-#define FAD_WGMMA(type, n, registers, tiles, a0, a1, a2, a3, b0)                                                       \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " " registers ", {%" a0 ", %" a1       \
-                 ", %" a2 ", %" a3 "}, %" b0 ", 1, 1, 1, 1;"                                                           \
+#define FAD_WGMMA(type, n, registers, tiles, a0, a1, a2, a3, b0, accumulate0)                                          \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" accumulate0 ", 0;\n"                                             \
+                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " " registers ", {%" a0 ", %" a1       \
+                 ", %" a2 ", %" a3 "}, %" b0 ", p, 1, 1, 1;\n}"                                                        \
                  : tiles(o, 0)                                                                                         \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
 #define FAD_WGMMA_OF(type)                                                                                             \
     if constexpr (N == 8)                                                                                              \
-        FAD_WGMMA(type, "64", FAD_REGISTERS_32, FAD_TILES_8, "32", "33", "34", "35", "36");                            \
+        FAD_WGMMA(type, "64", FAD_REGISTERS_32, FAD_TILES_8, "32", "33", "34", "35", "36", "37");                      \
     else                                                                                                               \
-        FAD_WGMMA(type, "128", FAD_REGISTERS_64, FAD_TILES_16, "64", "65", "66", "67", "68")
+        FAD_WGMMA(type, "128", FAD_REGISTERS_64, FAD_TILES_16, "64", "65", "66", "67", "68", "69")
     if constexpr (T == FAD_BFLOAT16) {
         FAD_WGMMA_OF("bf16");
     } else {

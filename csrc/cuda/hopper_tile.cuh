@@ -22,12 +22,14 @@ __global__ void __launch_bounds__(S::THREADS, 1)
     __syncthreads(); /* barriers may be used */
     if (threadIdx.x < GROUP_THREADS) {
         give_registers<S::PRODUCER_REGISTERS>();
-        if (threadIdx.x < QUERY_WARPS * 32)
-            produce_queries(p, sm);
-        else if (threadIdx.x < (QUERY_WARPS + 1) * 32)
-            KeyProducer<S>{p, k_map, v_map, sm, {}}.run();
-        else
+        if (threadIdx.x < 32)
             ItemProducer<S>{p, work, sm}.run();
+        else if (threadIdx.x < 64)
+            KeyProducer<S>{p, k_map, v_map, sm, {}, {}}.run();
+        else if (threadIdx.x < 96)
+            produce_queries(p, sm);
+        else
+            check_values(sm);
     } else {
         take_registers<S::CONSUMER_REGISTERS>();
         HopperConsumer<S>(p, work, sm).run();

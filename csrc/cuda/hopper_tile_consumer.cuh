@@ -2,7 +2,7 @@
 #ifndef FAD_CUDA_HOPPER_TILE_CONSUMER_CUH
 #define FAD_CUDA_HOPPER_TILE_CONSUMER_CUH
 
-#include "hopper_tile_finish.cuh"
+#include "hopper_tile_empty.cuh"
 #include "mma_values.cuh"
 
 /* The 64 rows of a warpgroup; a warp has 16 of them.
@@ -18,12 +18,13 @@ template <class S> struct HopperConsumer {
     const int first = uniform(group * GROUP_ROWS + threadIdx.x % GROUP_THREADS / 32 * 16); /* the warp's, in the tile */
     const uint64_t k_ring = matrix_descriptor(sm.ring, 16), v_ring = matrix_descriptor(sm.ring, S::BOX),
                    q_tiles = matrix_descriptor(sm.q[0][group], 16);
-    Ring q_buffer, ring, slot;        /* the next q, the next part of K or V, the next item */
+    Ring q_buffer, ring, check, slot; /* the next q, part of K or V, check of values, item */
     int current = -1;                 /* the item in work; -1: none yet */
     int block = 0, last = 0;          /* its block whose probabilities are there; its last one */
     int whole = 0, n_whole = 0;       /* of its range */
     int plain_end = 0;                /* of the blocks that are plain, and the next is: from `whole` on */
     int splits = 0, to_split_end = 1; /* that have ended; blocks up to the end of the current one */
+    bool first_values = true;         /* of a split: the next ones start a chain */
     float l[2] = {0, 0};              /* this lane's l_t of rows g and g + 8 */
     References references;
     unsigned q[S::Q_IN_REGISTERS ? S::D / 16 : 1][4];
@@ -99,7 +100,7 @@ template <class S> struct HopperConsumer {
         }
     }
 
-    /* N7: starts O += P V. */
+    /* N7: starts O += P V, or O = P V with the first values of a split. */
     __device__ __forceinline__ void start_values(const ProbabilityFragments &a, const Slots &values) {
         wgmma_fence();
 #pragma unroll
@@ -107,7 +108,8 @@ template <class S> struct HopperConsumer {
 #pragma unroll
             for (int k = 0; k < BLOCK_KEYS / 16; k++)
                 wgmma_values<S::T>(*(float (*)[S::PART_N][4]) & o[part * S::PART_N], a[k],
-                                   matrix_at(v_ring, values.part[part] * S::SLOT + k * 16 * 128));
+                                   matrix_at(v_ring, values.part[part] * S::SLOT + k * 16 * 128),
+                                   k > 0 || !first_values);
             wgmma_commit();
         }
     }
@@ -135,26 +137,21 @@ template <class S> struct HopperConsumer {
         return references.advance(x_max, rule.c, alpha);
     }
 
-    /* N11: whether a block's values have Inf or NaN. Every consumer gets the same answer. */
-    __device__ __forceinline__ bool values_not_finite(const Slots &values) const {
-        unsigned full = 0;
-#pragma unroll
-        for (int part = 0; part < S::PARTS; part++) {
-            const uint4 *v = (const uint4 *)sm.ring[values.part[part]];
-#pragma unroll 4
-            for (int at = threadIdx.x % GROUP_THREADS; at < S::SLOT / 16; at += GROUP_THREADS) {
-                const uint4 x = v[at];
-                full |= exponents_full<S::T>(x.x) | exponents_full<S::T>(x.y) | exponents_full<S::T>(x.z) |
-                        exponents_full<S::T>(x.w);
-            }
-        }
-        return __any_sync(~0u, named_barrier_or(1 + group, GROUP_THREADS, full != 0));
+    /* N11: whether the values of the next block that not every row sees have Inf or NaN. */
+    __device__ __forceinline__ bool values_not_finite() {
+        barrier_wait(sm.check_done[check.index], check.round);
+        const bool not_finite = uniform(sm.not_finite[check.index]);
+        check.advance(S::SLOTS);
+        return not_finite;
     }
 
     /* N11 where some rows do not see them: the values step by mma.sync, each row with what it sees. Then there are zeros
      * in their place, with which the usual step changes nothing. */
     __device__ __forceinline__ void add_guarded(const ProbabilityFragments &a, const Slots &values,
                                                 const HopperItem &item, int block) {
+        if (first_values)
+            clear();
+        first_values = false;
 #pragma unroll
         for (int n = 0; n < S::N; n += 8)
             add_values_guarded<S::T, 8>(*(float (*)[8][4]) & o[n], a,
@@ -185,7 +182,7 @@ template <class S> struct HopperConsumer {
     static constexpr int REST_STRIDE = 32;
     __device__ __forceinline__ float4 *rest(int lane) const {
         if constexpr (S::REST_IN_SHARED)
-            return &sm.rest[first / 16][0][rest_place(lane / 4, lane % 4)];
+            return &sm.rest[first / 16][0][lane];
         else
             return (float4 *)work.rest + ((int64_t)blockIdx.x * S::ROWS + first) / 16 * S::N * 32 + lane;
     }
@@ -218,50 +215,36 @@ template <class S> struct HopperConsumer {
         __syncwarp(); /* they may be read */
     }
 
-    /* To out and lse, or (spill) to a partial state: O, with m and l in part. By way of shared memory, where loops can
-     * index it: where it rests, or else the slots of the values that it met last. */
-    __device__ __forceinline__ void write_out(const HopperItem &ended, const RowPair &part, bool spill,
-                                              const Slots &values) {
-        constexpr int AT_ONCE = S::REST_IN_SHARED ? S::N : 16;        /* n8 tiles */
-        constexpr int TOGETHER = S::REST_IN_SHARED ? AT_ONCE / 4 : 1; /* as there are registers */
-        static_assert(S::REST_IN_SHARED || (S::PARTS == S::CONSUMERS && sizeof(RestTile<16>) * GROUP_WARPS <= S::SLOT),
-                      "a slot for each group");
-        RestTile<AT_ONCE> *tiles;
+    /* O, with m and l in part, to out and lse, by way of shared memory, which is the warp's own: where O rests, or else the
+     * slots of the values that it met last. */
+    __device__ __forceinline__ void write_out(const Tile &t, const RowPair &part, const Slots &values) {
+        constexpr int STAGED = 16 * S::D * 2; /* bytes of a warp */
+        char *staged;
         if constexpr (S::REST_IN_SHARED) {
-            tiles = &sm.rest[group * GROUP_WARPS];
+            static_assert(sizeof(RestTile<S::N>) >= STAGED, "O in the input type takes less than what rests");
+            staged = (char *)&sm.rest[first / 16];
         } else {
-            tiles = (RestTile<AT_ONCE> *)sm.ring[values.part[group]];
+            static_assert(S::PARTS == S::CONSUMERS && STAGED * GROUP_WARPS <= S::SLOT, "a slot for each group");
+            staged = sm.ring[values.part[group]] + first % GROUP_ROWS / 16 * STAGED;
             named_barrier_sync(ALL_CONSUMERS, S::CONSUMERS * GROUP_THREADS); /* the values may be overwritten */
         }
-        RestTile<AT_ONCE> &tile = tiles[first % GROUP_ROWS / 16];
-        const int lane = lane_here();
-        float2 states[2]; /* of row `first` + lane % 8, and of the eighth after it */
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-            states[half] =
-                make_float2(__shfl_sync(~0u, part.m[half], lane % 8 * 4), __shfl_sync(~0u, part.l[half], lane % 8 * 4));
-        const float2 state = lane % 16 < 8 ? states[0] : states[1];
-#pragma unroll
-        for (int n = 0; n < S::N; n += AT_ONCE) {
-            rest_state(&tile[0][rest_place(lane / 4, lane % 4)], REST_STRIDE, *(float (*)[AT_ONCE][4]) & o[n]);
-            __syncwarp(); /* the tile may be read */
-            if (spill)
-                spill_rest<TOGETHER>(p, ended.t, work.partials, ended.range.split + splits, first, n * 8, tile, state);
-            else
-                finish_rest<S::T, TOGETHER>(p, ended.t, first, n * 8, tile, state);
-            __syncwarp(); /* the tile may be overwritten */
-        }
+        finish_rows<S::T>(p, t, first, part, o, staged, [](bool x) { return __all_sync(~0u, x); });
+        __syncwarp(); /* out is staged */
+        store_staged<S::N>(p, t, first, staged);
+        __syncwarp(); /* it may be overwritten */
         if (!S::REST_IN_SHARED)
             fence_async_proxy();
     }
 
     /* The end of a split of the item that lies in `ended`, and of the item if it was its last. m and l are `part`. */
-    __device__ __forceinline__ void close_split(int ended, RowPair &part, bool item_ends, const Slots &values) {
-        const bool spill = work.partials.o;
+    __device__ __forceinline__ void close_split(int ended, RowPair &part, bool item_ends, bool spill,
+                                                const Slots &values) {
         if (!spill)
             fold(part);
-        if (spill || item_ends)
-            write_out(sm.items[ended], part, spill, values);
+        if (spill)
+            spill_rows(p, sm.items[ended].t, work.partials, sm.items[ended].range.split + splits, first, part, o, 0);
+        else if (item_ends)
+            write_out(sm.items[ended].t, part, values);
         else
             rest_state(rest(lane_here()), REST_STRIDE, o);
         splits++;
@@ -317,7 +300,7 @@ template <class S> struct HopperConsumer {
     }
 
     /* What a step has to be ready for. PLAIN: this block and the next are plain and in one split. SPLIT: they are plain and
-     * in two. These have code of their own, without all that is rare, which would lie in the way and take registers. */
+     * in two, which are folded. These have code of their own, without all that is rare, which would lie in the way and take registers. */
     enum Kind { PLAIN, SPLIT, ANY };
 
     /* s holds the probabilities of the present block, and at the end those of the next; with OVERLAP a has them, rounded.
@@ -362,11 +345,12 @@ template <class S> struct HopperConsumer {
         }
         if (begun)
             values = wait_for_block(arrived);
-        if (partial && values_not_finite(values))
+        if (partial && values_not_finite())
             add_guarded(a, values, sm.items[ended], here);
         if (!S::OVERLAP)
             take_turn();
         start_values(a, values);
+        first_values = split_ends;
         if (S::OVERLAP ? PLAIN : split_ends)
             pass_turn();
         if (split_ends) {
@@ -374,14 +358,13 @@ template <class S> struct HopperConsumer {
             references.clear();
             l[0] = l[1] = 0;
         }
-        const bool written_out = !S::REST_IN_SHARED && (item_ends || (split_ends && work.partials.o));
+        const bool written_out = !S::REST_IN_SHARED && item_ends && !work.partials.o; /* where the values were */
         auto end_values = [&] { finish_products(values, begun && !written_out); };
         auto end_split = [&] {
             if (!split_ends)
                 return;
             if (begun)
-                close_split(ended, part, item_ends, values);
-            clear();
+                close_split(ended, part, item_ends, !PLAIN && work.partials.o, values);
             if (begun && written_out)
                 release(values);
         };
@@ -431,7 +414,7 @@ template <class S> struct HopperConsumer {
 #pragma unroll 1
                 while (block < end)
                     step<PLAIN>(s, a);
-                if (block < plain_end) {
+                if (block < plain_end && !work.partials.o) {
                     step<SPLIT>(s, a);
                     continue;
                 }

@@ -1,10 +1,10 @@
-/* The producing warps of the Hopper tile kernel: one finds items, one keeps K and V coming, block by block, and two copy
- * Q. */
+/* The producing warps of the Hopper tile kernel: one finds items, one keeps K and V coming, block by block, one copies Q,
+ * and one checks values. */
 #ifndef FAD_CUDA_HOPPER_TILE_PRODUCER_CUH
 #define FAD_CUDA_HOPPER_TILE_PRODUCER_CUH
 
 #include "hopper_copy.cuh"
-#include "hopper_tile_finish.cuh"
+#include "hopper_tile_empty.cuh"
 
 /* Finds items, always one ahead, so that it costs the consumers no time. The last one does not exist. What no row sees
  * anything of is written out here: tiles without a visible key, and splits outside what a tile sees. */
@@ -60,7 +60,7 @@ template <class S> struct KeyProducer {
     const fad_attn_problem &p;
     const CUtensorMap &k_map, &v_map;
     HopperShared<S> &sm;
-    Ring ring;
+    Ring ring, check; /* the next part of K or V, the next check */
 
     __device__ __forceinline__ Copier copier(const HopperItem &item) const {
         return Copier(p, item.t, item.range, keep_as_usual()); /* other tiles of the head read the same */
@@ -71,6 +71,14 @@ template <class S> struct KeyProducer {
             const int i = ring.index;
             copy(block * BLOCK_KEYS, part * S::PIECES * 64, sm.ring[i], sm.empty[i], ring.round ^ 1, sm.full[i]);
         }
+    }
+    /* Has values checked that begin in this slot of the ring; index -1: no further ones. */
+    __device__ __forceinline__ void ask_check(Ring values) {
+        if (threadIdx.x % 32 == 0) {
+            sm.to_check[check.index] = values;
+            barrier_arrive(sm.check_asked[check.index]);
+        }
+        check.advance(S::SLOTS);
     }
     /* The first K of an item, which is used before the last V of the one before. */
     __device__ __forceinline__ void first_keys(const HopperItem *item) {
@@ -94,37 +102,39 @@ template <class S> struct KeyProducer {
                         next(copy_k, block + 1);
                     else
                         first_keys(wait_for_item(sm, next_slot));
+                    const Ring values = ring;
                     next(copy_v, block);
+                    if (item->range.partial(block))
+                        ask_check(values);
                 }
             });
             warp_arrive(sm.item_empty[slot.index]); /* all lanes have read the item */
             slot = next_slot;
             item = wait_for_item(sm, slot);
         }
+        ask_check({-1});
     }
 };
 
-/* Each item's rows of q, as soon as the consumers have read those that lay there before. */
+/* Each item's rows of q, as soon as the consumers have read those that lay there before. By one warp: a lane copies one
+ * chunk of every STEPth row. */
 template <class S>
 static __device__ __forceinline__ void produce_queries(const fad_attn_problem &p, HopperShared<S> &sm) {
-    const int thread = threadIdx.x % (QUERY_WARPS * 32), lane = thread % 32;
+    constexpr int STEP = 32 / S::N;
+    const int lane = threadIdx.x % 32, chunk = lane % S::N, first = lane / S::N;
     Ring slot, buffer;
     while (const HopperItem *const item = wait_for_item(sm, slot)) {
         const Tile &t = item->t;
+        RowWalk<STEP> walk(p.q, t.seq.q + chunk * 8, t, first);
+        const int n_active = chunk * 8 < p.D ? t.n_active : 0;
         barrier_wait(sm.q_empty[buffer.index], buffer.round ^ 1);
-        for (int first = 0; first < S::ROWS; first += 32) {
-            /* A lane finds a row, and the lanes that copy its chunks ask that lane. */
-            const Row row = row_of(t, min(first + lane, max(t.n_active, 1) - 1));
-            const int64_t place = t.seq.q + row.i * p.q.stride_s + row.h * p.q.stride_h;
-            char *to = sm.q[buffer.index][first / GROUP_ROWS];
-#pragma unroll 4
-            for (int at = thread; at < 32 * S::N; at += QUERY_WARPS * 32) {
-                const int r = at / S::N, chunk = at % S::N;
-                const char *from = (const char *)p.q.data + 2 * __shfl_sync(~0u, place, r) + chunk * 16;
-                cp_async16(to + chunk / 8 * S::Q_BOX + swizzled<8>(first % GROUP_ROWS + r, chunk % 8), from,
-                           first + r < t.n_active && chunk * 8 < p.D ? 16 : 0);
-            }
-        }
+        char *to = sm.q[buffer.index][0] + chunk / 8 * S::Q_BOX;
+#pragma unroll 1
+        for (int tile = 0; tile < S::ROWS; tile += GROUP_ROWS, to += S::Q_TILE)
+#pragma unroll 8
+            for (int r = first; r < first + GROUP_ROWS; r += STEP, walk.advance())
+                cp_async16(to + swizzled<8>(r, chunk % 8), (const char *)p.q.data + walk.at,
+                           tile + r < n_active ? 16 : 0);
         cp_async_commit();
         cp_async_wait<0>();
         fence_async_proxy();
@@ -132,6 +142,34 @@ static __device__ __forceinline__ void produce_queries(const fad_attn_problem &p
         warp_arrive(sm.item_empty[slot.index]); /* all lanes have read the item */
         slot.advance(ITEMS);
         buffer.advance(S::Q_BUFFERS);
+    }
+}
+
+/* N11: whether values that not every row sees have Inf or NaN among them, found before the consumers come to them. */
+template <class S> static __device__ __forceinline__ void check_values(HopperShared<S> &sm) {
+    const int lane = threadIdx.x % 32;
+    for (Ring check;; check.advance(S::SLOTS)) {
+        barrier_wait(sm.check_asked[check.index], check.round);
+        Ring slot = sm.to_check[check.index];
+        if (slot.index < 0)
+            return;
+        unsigned sum = 0; /* of nothing but zeros, or not finite */
+#pragma unroll 1
+        for (int part = 0; part < S::PARTS; part++, slot.advance(S::SLOTS)) {
+            barrier_wait(sm.full[slot.index], slot.round);
+            const uint4 *const v = (const uint4 *)sm.ring[slot.index];
+#pragma unroll 4
+            for (int at = lane; at < S::SLOT / 16; at += 32) {
+                const uint4 x = v[at];
+                sum = add_zero_times<S::T>(add_zero_times<S::T>(sum, x.x), x.y);
+                sum = add_zero_times<S::T>(add_zero_times<S::T>(sum, x.z), x.w);
+            }
+        }
+        const bool not_finite = __any_sync(~0u, exponents_full<S::T>(sum) != 0);
+        if (lane == 0) {
+            sm.not_finite[check.index] = not_finite;
+            barrier_arrive(sm.check_done[check.index]);
+        }
     }
 }
 

@@ -37,13 +37,10 @@ struct HopperItem {
     bool exists; /* false: there is no further one */
 };
 
-constexpr int ITEMS = 3;       /* the one in work, the next, and the one after it */
-constexpr int QUERY_WARPS = 2; /* of the producer */
+constexpr int ITEMS = 3; /* the one in work, the next, and the one after it */
 
-/* A warp's 16 rows by N n8 tiles of O at rest in shared memory: where lane 4g + t puts tile n. Lanes of one t are
- * neighbours for those who read by rows, and lanes that write together meet different banks. */
+/* A warp's 16 rows by N n8 tiles of O at rest in shared memory, as its lanes hold them. */
 template <int N> using RestTile = float4[N][32];
-static __device__ __forceinline__ int rest_place(int g, int t) { return t * 8 + (g ^ 2 * t); }
 
 template <class S> struct HopperShared {
     alignas(1024) char ring[S::SLOTS][S::SLOT]; /* parts of K and V, in the order in which they are used */
@@ -51,23 +48,30 @@ template <class S> struct HopperShared {
     RestTile<S::N> rest[S::REST_IN_SHARED ? S::CONSUMING_WARPS : 0]; /* each consuming warp's */
     HopperItem items[ITEMS];
     float2 totals[S::ROWS]; /* m and l of the splits that have ended */
+    /* N11: blocks of which some row does not see all, in the order of their use: where their values lie, and whether there
+     * is Inf or NaN among them. Values that are checked are in the ring, so that there are never more than it has slots. */
+    Ring to_check[S::SLOTS];
+    bool not_finite[S::SLOTS];
     /* full: the copies have arrived. empty: every consuming warp is done with it. */
     MemoryBarrier full[S::SLOTS], empty[S::SLOTS];
     MemoryBarrier q_full[S::Q_BUFFERS], q_empty[S::Q_BUFFERS], item_full[ITEMS], item_empty[ITEMS];
+    MemoryBarrier check_asked[S::SLOTS], check_done[S::SLOTS];
 };
 
 template <class S> static __device__ void init_barriers(HopperShared<S> &sm) {
     for (int i = 0; i < S::SLOTS; i++) {
         barrier_init(sm.full[i], 1);
         barrier_init(sm.empty[i], S::CONSUMING_WARPS);
+        barrier_init(sm.check_asked[i], 1);
+        barrier_init(sm.check_done[i], 1);
     }
     for (int i = 0; i < S::Q_BUFFERS; i++) {
-        barrier_init(sm.q_full[i], QUERY_WARPS * 32);
+        barrier_init(sm.q_full[i], 32);
         barrier_init(sm.q_empty[i], S::CONSUMING_WARPS);
     }
     for (int i = 0; i < ITEMS; i++) {
         barrier_init(sm.item_full[i], 1);
-        barrier_init(sm.item_empty[i], S::CONSUMING_WARPS + QUERY_WARPS + 1);
+        barrier_init(sm.item_empty[i], S::CONSUMING_WARPS + 2);
     }
     fence_barrier_init();
 }

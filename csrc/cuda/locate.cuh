@@ -25,6 +25,28 @@ __device__ inline Row row_of(const Tile &t, int r) {
         return {t.i0 + at, t.head_k};
     return {t.i0 + at / t.group, t.head_k * t.group + at % t.group};
 }
+/* Rows r, r + STEP, .. of a tile in a view of q's shape, 16-bit values, without a division or a shuffle for each. */
+template <int STEP> struct RowWalk {
+    int64_t at; /* bytes from the view's first element to the row; first_element: where the tile's sequence starts */
+    unsigned h;
+    const unsigned group, step_h;
+    const int64_t step, next_row;
+
+    __device__ __forceinline__ RowWalk(const fad_view &view, int64_t first_element, const Tile &t, int r)
+        : group(t.group), step_h(group == 1 ? 0 : STEP % group),
+          step(2 * ((group == 1 ? STEP : STEP / group) * view.stride_s + step_h * view.stride_h)),
+          next_row(2 * (view.stride_s - group * view.stride_h)) {
+        const Row row = row_of(t, r);
+        h = (unsigned)(row.h - t.head_k * group);
+        at = 2 * (first_element + row.i * view.stride_s + row.h * view.stride_h);
+    }
+    __device__ __forceinline__ void advance() {
+        at += step;
+        h += step_h;
+        if (h >= group)
+            h -= group, at += next_row;
+    }
+};
 /* The sequence's row that the tile's last active row belongs to. */
 __device__ inline int64_t last_row(const Tile &t) { return row_of(t, t.n_active - 1).i; }
 

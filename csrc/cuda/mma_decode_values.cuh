@@ -122,7 +122,7 @@ template <class S> struct ValueWarp : DecodeWarp<S> {
         sync(); /* l may be read; it is written again after an exchange */
         RowPair state = {{of_row(m, g), of_row(m, g + 8)}, {sm.l[g], sm.l[g + 8]}};
         if (partials.o) {
-            spill_rows(p, sm.t, partials, sm.range.split + nth, 0, state, o, first_dim, warp == 0);
+            spill_rows(p, sm.t, partials, sm.range.split + nth, 0, state, o, first_dim);
             return;
         }
         if (nth > 0)

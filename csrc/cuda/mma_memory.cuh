@@ -103,6 +103,18 @@ static __device__ __forceinline__ void load_fragment(unsigned (&r)[4], const cha
     const int lane = threadIdx.x % 32;
     ldmatrix(r, tile + swizzled<CHUNKS>(first + lane % 16, 2 * k + lane / 16));
 }
+/* The same, stored. */
+template <int CHUNKS>
+static __device__ __forceinline__ void store_fragment(const unsigned (&r)[4], char *tile, int first, int k) {
+    const int lane = threadIdx.x % 32;
+#if __CUDA_ARCH__ >= 900
+    stmatrix(r, tile + swizzled<CHUNKS>(first + lane % 16, 2 * k + lane / 16));
+#else
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        *(unsigned *)(tile + swizzled<CHUNKS>(first + lane / 4 + i % 2 * 8, 2 * k + i / 2) + lane % 4 * 4) = r[i];
+#endif
+}
 /* The b operands of 16 keys and 16 dims, from rows that are keys: [0], [1] of keys 0..7, [2], [3] of keys 8..15. */
 template <int CHUNKS>
 static __device__ __forceinline__ void load_key_fragment(unsigned (&r)[4], const char *tile, int first, int k) {

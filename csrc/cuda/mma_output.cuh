@@ -123,62 +123,90 @@ static __device__ __forceinline__ uint4 finish_chunk(const fad_attn_problem &p, 
     return divide_chunk<T>(x, l, fad_f32_div(1.0f, l));
 }
 
+/* What has to be known of a row of the tile to finish it: its final state, and factors for its values. */
+struct FinishedRow {
+    float m, l, inverse, sink; /* inverse: 1 / l; sink: what O is to be multiplied by */
+
+    __device__ __forceinline__ FinishedRow(const fad_attn_problem &p, const Tile &t, int r, float m_, float l_)
+        : m(m_), l(l_), sink(1) {
+        if (r >= t.n_active)
+            m = FAD_F32_SENTINEL, l = 0; /* whatever the unused rows of the tile have computed */
+        else if (p.sinks)
+            sink = fold_sink(p, t, r, m, l);
+        inverse = fad_f32_div(1.0f, l);
+    }
+};
+
 /* N8 (sink), N9, N10 for a warp's rows first .. first + 15 of the tile: to lse, and rounded to `staged`, 16 rows of N chunks
- * for this warp alone. What runs once a tile is fetched slowly, and jumps make that worse: the common way has none, and
- * tells afterwards whether all values were in its range. all(x): whether x holds in all warps that call together. */
+ * for this warp alone. Lane i finishes row i % 16, and tells those that hold its values. What runs once a tile is fetched
+ * slowly, and jumps make that worse: the common way has none, and tells afterwards whether all values were in its range.
+ * all(x): whether x holds in all warps that call together. */
 template <fad_dtype T, int N, class All>
-static __device__ __forceinline__ void finish_rows(const fad_attn_problem &p, const Tile &t, int first, RowPair state,
-                                                   float (&o)[N][4], char *staged, All all) {
+static __device__ __forceinline__ void finish_rows(const fad_attn_problem &p, const Tile &t, int first,
+                                                   const RowPair &state, float (&o)[N][4], char *staged, All all) {
     int lane = threadIdx.x % 32;
     /* The compiler must not know that these are the same for every tile: it would compute addresses before the loop over
      * tiles, and spill what the loop over blocks keeps in registers. */
     asm volatile("" : "+r"(lane), "+r"(first), "+l"(staged));
-    const int g = lane / 4;
-    float inverse[2];
-    bool near = true;
+    const int g = lane / 4, own = first + lane % 16;
+    float m[2], l[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int r = first + g + half * 8;
-        float &m = state.m[half], &l = state.l[half];
-        if (r >= t.n_active)
-            m = FAD_F32_SENTINEL, l = 0; /* whatever the unused rows of the tile have computed */
-        if (p.sinks) {
-            const float sink = r < t.n_active ? fold_sink(p, t, r, m, l) : 1;
+        m[half] = __shfl_sync(~0u, state.m[half], lane % 8 * 4);
+        l[half] = __shfl_sync(~0u, state.l[half], lane % 8 * 4);
+    }
+    const FinishedRow of_own(p, t, own, lane % 16 < 8 ? m[0] : m[1], lane % 16 < 8 ? l[0] : l[1]);
+    if (lane < 16 && own < t.n_rows)
+        store_lse(p, t, own, of_own.m, of_own.l);
+    __syncwarp(); /* or the compiler takes all that follows for divergent */
+    float inverse[2];
+    QuotientRange range[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        l[half] = __shfl_sync(~0u, of_own.l, g + half * 8);
+        inverse[half] = __shfl_sync(~0u, of_own.inverse, g + half * 8);
+    }
+    if (p.sinks) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float sink = __shfl_sync(~0u, of_own.sink, g + half * 8);
 #pragma unroll
             for (int n = 0; n < N; n++)
 #pragma unroll
                 for (int e = 2 * half; e < 2 * half + 2; e++)
                     o[n][e] = fad_f32_mul(o[n][e], sink);
         }
-        if (lane % 4 == 0 && r < t.n_rows)
-            store_lse(p, t, r, m, l);
-        inverse[half] = fad_f32_div(1.0f, l);
     }
-    auto to = [&](int n, int half) { return (unsigned *)(staged + swizzled<N>(g + half * 8, n) + lane % 4 * 4); };
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const float l = state.l[half];
-        QuotientRange range;
+    for (int n = 0; n < N; n += 2) {
+        unsigned pairs[4]; /* of tile n + i / 2, row half i % 2 */
 #pragma unroll
-        for (int n = 0; n < N; n++) {
-            const float x = o[n][2 * half], y = o[n][2 * half + 1];
-            const unsigned pair = pack2<T>(near_quotient(x, l, inverse[half]), near_quotient(y, l, inverse[half]));
-            range.add_value(x);
-            range.add_value(y);
-            range.add_result<T>(pair);
-            *to(n, half) = pair;
+        for (int i = 0; i < 4; i++) {
+            const int half = i % 2;
+            const float x = o[n + i / 2][2 * half], y = o[n + i / 2][2 * half + 1];
+            pairs[i] =
+                pack2<T>(near_quotient(x, l[half], inverse[half]), near_quotient(y, l[half], inverse[half]));
+            range[half].add_value(x);
+            range[half].add_value(y);
+            range[half].add_result<T>(pairs[i]);
         }
-        near &= first + g + half * 8 >= t.n_rows || range.near<T>(l);
+        store_fragment<N>(pairs, staged, 0, n / 2);
     }
+    bool near = true;
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        near &= (first + g + half * 8 >= t.n_rows) | range[half].near<T>(l[half]);
     if (all(near))
         return;
+    __syncwarp(); /* what other lanes have stored may be overwritten */
     float4 copy[N]; /* in memory, as registers cannot be indexed */
     rest_state(copy, 1, o);
 #pragma unroll 1
     for (int n = 0; n < N; n++) {
         const float4 x = copy[n];
-        *to(n, 0) = round_out<T>(fad_f32_finish_out(x.x, state.l[0]), fad_f32_finish_out(x.y, state.l[0]));
-        *to(n, 1) = round_out<T>(fad_f32_finish_out(x.z, state.l[1]), fad_f32_finish_out(x.w, state.l[1]));
+        auto to = [&](int half) { return (unsigned *)(staged + swizzled<N>(g + half * 8, n) + lane % 4 * 4); };
+        *to(0) = round_out<T>(fad_f32_finish_out(x.x, l[0]), fad_f32_finish_out(x.y, l[0]));
+        *to(1) = round_out<T>(fad_f32_finish_out(x.z, l[1]), fad_f32_finish_out(x.w, l[1]));
     }
 }
 
@@ -188,16 +216,16 @@ static __device__ __forceinline__ void store_staged(const fad_attn_problem &p, c
                                                     const char *staged) {
     int lane = threadIdx.x % 32;
     asm volatile("" : "+r"(lane), "+r"(first), "+l"(staged)); /* as above */
-    /* Where row first + lane % 16 begins: the lanes that store its chunks ask this one. */
-    const Row row = row_of(t, min(first + lane % 16, t.n_rows - 1));
-    const int64_t place = t.seq.out + row.i * p.out.stride_s + row.h * p.out.stride_h;
-#pragma unroll 4
-    for (int at = lane; at < 16 * N; at += 32) {
-        const int r = at / N, chunk = at % N;
+    static_assert(N <= 32, "a lane's chunks are of one column");
+    constexpr int STEP = 32 / N; /* a lane stores a chunk of every STEPth row */
+    const int chunk = lane % N, n_rows = chunk * 8 < p.Dv ? t.n_rows - first : 0;
+    RowWalk<STEP> walk(p.out, t.seq.out + chunk * 8, t, first + lane / N);
+#pragma unroll 8
+    for (int i = 0; i < 16 / STEP; i++, walk.advance()) {
+        const int r = i * STEP + lane / N;
         const uint4 values = *(const uint4 *)(staged + swizzled<N>(r, chunk));
-        uint16_t *to = (uint16_t *)p.out.data + __shfl_sync(~0u, place, r) + chunk * 8;
-        if (first + r < t.n_rows && chunk * 8 < p.Dv)
-            *(uint4 *)to = values;
+        if (r < n_rows)
+            *(uint4 *)((char *)p.out.data + walk.at) = values;
     }
 }
 
@@ -205,32 +233,34 @@ static __device__ __forceinline__ float partial_value(float o, bool active) {
     return active ? fad_f32_canonical(fad_f32_add(o, 0.0f)) : 0;
 }
 
-/* N9: a split's states of rows first + g and first + g + 8, spilled; N * 8 values from `first_dim` on. */
+/* N9: a split's states of a warp's rows first .. first + 15, spilled; N * 8 values from `first_dim` on, and m and l with the
+ * first of them. Lane i finds row i % 16, and tells those that hold its values. */
 template <int N>
 static __device__ __forceinline__ void
 spill_rows(const fad_attn_problem &p, const Tile &t, const fad_partials &partials, int64_t nth, int first,
-           const RowPair &state, const float (&o)[N][4], int first_dim, bool write_ml) {
-    const int lane = threadIdx.x % 32;
+           const RowPair &state, const float (&o)[N][4], int first_dim) {
+    int lane = threadIdx.x % 32;
+    asm volatile("" : "+r"(lane)); /* as above */
+    const int own = min(first + lane % 16, t.n_rows - 1);
+    const int64_t row = partial_row(p, t, own, nth), values = partial_values(p, t, own, nth);
+    const int n_end = ((int)p.Dv - first_dim) / 8; /* Dv is a multiple of 8 */
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int r = first + lane / 4 + half * 8;
-        if (r >= t.n_rows)
-            continue;
-        const bool active = r < t.n_active;
-        if (write_ml && lane % 4 == 0) {
-            const int64_t at = partial_row(p, t, r, nth);
+        const int r = first + lane / 4 + half * 8, from = lane / 4 + half * 8;
+        const bool exists = r < t.n_rows, active = r < t.n_active;
+        const int64_t at = __shfl_sync(~0u, row, from);
+        float *const to = (float *)partials.o + __shfl_sync(~0u, values, from) + first_dim + lane % 4 * 2;
+        if (first_dim == 0 && exists && lane % 4 == 0) {
             ((float *)partials.m)[at] = active ? state.m[half] : FAD_F32_SENTINEL;
             ((float *)partials.l)[at] = active ? fad_f32_canonical(state.l[half]) : 0;
         }
-        float *to = (float *)partials.o + partial_values(p, t, r, nth);
 #pragma unroll
-        for (int n = 0; n < N; n++) {
-            const int d = first_dim + 8 * n + lane % 4 * 2;
-            if (d < p.Dv) /* Dv is even */
-                *(float2 *)(to + d) =
+        for (int n = 0; n < N; n++)
+            if (exists & (n < n_end))
+                *(float2 *)(to + 8 * n) =
                     make_float2(partial_value(o[n][2 * half], active), partial_value(o[n][2 * half + 1], active));
-        }
     }
+    __syncwarp(); /* or the compiler takes all that follows for divergent */
 }
 
 /* N9, N10: the empty states of splits from .. to - 1, which no row of the tile sees. All threads. */

@@ -166,7 +166,7 @@ static __device__ __forceinline__ int mma_tile_blocks(const fad_attn_problem &p,
         if (--to_split_end == 0 || last) {
             warp.close_split(resting && !partials.o, rest);
             if (partials.o)
-                spill_rows(p, sm.t, partials, range.split + splits, warp.first, warp.total(), warp.o, 0, true);
+                spill_rows(p, sm.t, partials, range.split + splits, warp.first, warp.total(), warp.o, 0);
             splits++;
             if (!last) {
                 if (!partials.o)

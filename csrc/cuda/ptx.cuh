@@ -91,6 +91,15 @@ static __device__ __forceinline__ void ldmatrix_transposed(unsigned (&r)[4], con
                  : "memory");
 }
 
+#if __CUDA_ARCH__ >= 900
+/* Stores what ldmatrix loads. */
+static __device__ __forceinline__ void stmatrix(const unsigned (&r)[4], void *row) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+#endif
+
 /* N7, one step: d [16, 8] += a [16, 16] b [16, 8]. Lane 4g + t holds, of d, rows g (0, 1) and g + 8 (2, 3), columns
  * 2t and 2t + 1. */
 template <fad_dtype T>
@@ -131,6 +140,14 @@ template <fad_dtype T> static __device__ __forceinline__ unsigned add2(unsigned 
     else
         asm("add.rn.f16x2 %0, %1, %2;" : "=r"(u) : "r"(a), "r"(b));
     return u;
+}
+/* The first of two such words plus 0 times the second: what is finite changes nothing, Inf and NaN leave NaN. */
+template <fad_dtype T> static __device__ __forceinline__ unsigned add_zero_times(unsigned sum, unsigned a) {
+    if constexpr (T == FAD_BFLOAT16)
+        asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(0));
+    else
+        asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(0));
+    return sum;
 }
 /* Two 16-bit values: not 0 if any is Inf or NaN. Adding its lowest bit to an exponent carries if all bits are set. */
 template <fad_dtype T> static __device__ __forceinline__ unsigned exponents_full(unsigned pair) {

@@ -176,6 +176,9 @@ template <fad_dtype T> inline float high_half(unsigned u) { return low_half<T>(u
 template <fad_dtype T> inline unsigned add2(unsigned a, unsigned b) {
     return pack2<T>(low_half<T>(a) + low_half<T>(b), high_half<T>(a) + high_half<T>(b));
 }
+template <fad_dtype T> inline unsigned add_zero_times(unsigned sum, unsigned a) {
+    return pack2<T>(low_half<T>(sum) + 0 * low_half<T>(a), high_half<T>(sum) + 0 * high_half<T>(a));
+}
 template <fad_dtype T> inline unsigned exponents_full(unsigned pair) {
     constexpr unsigned ALL = T == FAD_BFLOAT16 ? 0x7f80u : 0x7c00u;
     return ((pair & ALL) == ALL ? 0x8000u : 0) | ((pair >> 16 & ALL) == ALL ? 0x80000000u : 0);
@@ -234,7 +237,8 @@ template <fad_dtype T> inline void wgmma_scores(float (&s)[16][4], const unsigne
 template <fad_dtype T> inline void wgmma_scores(float (&s)[16][4], uint64_t a, uint64_t b, int accumulate) {
     start_wgmma({T == FAD_BFLOAT16, false, false, accumulate != 0, 16, a, b, {}, {}}, &s[0][0], nullptr);
 }
-template <fad_dtype T, int N> inline void wgmma_values(float (&o)[N][4], const unsigned (&a)[4], uint64_t b) {
-    start_wgmma({T == FAD_BFLOAT16, true, true, true, N, 0, b, {}, {}}, &o[0][0], a);
+template <fad_dtype T, int N>
+inline void wgmma_values(float (&o)[N][4], const unsigned (&a)[4], uint64_t b, int accumulate = 1) {
+    start_wgmma({T == FAD_BFLOAT16, true, true, accumulate != 0, N, 0, b, {}, {}}, &o[0][0], a);
 }
 #endif
