@@ -117,8 +117,8 @@ def test_matrix_instructions_are_not_serialised(build, name):
 
 
 EX2 = "ex2.approx.ftz.f32"  # the only instruction whose bits are not IEEE's that N7 names besides the matrix step's
-# Sums that are only asked whether they are finite: of finished results, two by two (QuotientRange in mma_output.cuh), and
-# of values times zero (check_values in hopper_tile_producer.cuh).
+# Sums that are only asked whether they are finite: of finished results, two by two (QuotientRange in mma_output.cuh),
+# and of values times zero (check_values in hopper_tile_producer.cuh).
 FINITE = {"bf16": {"fma.rn.bf16x2"}, "fp16": {"add.rn.f16x2"}}
 CHECKED = {"hopper_tile_fp16": {"fma.rn.f16x2"}}
 

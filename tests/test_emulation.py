@@ -61,7 +61,12 @@ MISTAKES = {
     ),
     "no care for values that are not seen": (CONSUMER, "if (partial && values_not_finite())", "if (false)", "64"),
     "values checked before they are there": (PRODUCER, "barrier_wait(sm.full[slot.index], slot.round);", "", "128"),
-    "a chain that goes on over the end of a split": (CONSUMER, "first_values = split_ends;", "first_values = false;", "64"),
+    "a chain that goes on over the end of a split": (
+        CONSUMER,
+        "first_values = split_ends;",
+        "first_values = false;",
+        "64",
+    ),
     "quotients always computed the near way": (OUTPUT, "    if (all(near))\n", "    if (true)\n", "128"),
     "maxima always compared as integers": (
         SOFTMAX,

@@ -5,14 +5,19 @@
 #include "hopper_kernel.cuh"
 #include "hopper_ptx.cuh"
 
-/* The pages of 32 boxes of keys, one in each lane: asked for together, because memory is late. */
-struct PageCache {
-    int first = -32; /* box */
-    int page;
+/* Where a box of keys lies: what the block table says, not yet looked at, or it would be waited for; and the row of the
+ * page. */
+struct BoxPlace {
+    int page, row;
+};
+/* 32 boxes, one in each lane, and the 32 after them: asked for long before their use, because memory is late. */
+struct BoxCache {
+    int first = -64; /* box */
+    BoxPlace box, next;
 };
 
-/* ROWS keys by PIECES times 64 dims at a time, into pieces that lie one behind the other. */
-template <int ROWS, int PIECES> struct KeyCopier {
+/* ROWS keys by PIECES times 64 dims at a time, into pieces that lie one behind the other. PAGES: they may be in pages. */
+template <int ROWS, int PIECES, bool PAGES = true> struct KeyCopier {
     static constexpr int PIECE = ROWS * 128, BYTES = PIECES * PIECE;
     const fad_attn_problem &p;
     const Tile &t;
@@ -36,10 +41,11 @@ template <int ROWS, int PIECES> struct KeyCopier {
     /* The same; lanes that call nothing do not wait for the one that does. */
     template <class Each>
     __device__ __forceinline__ void start(const CUtensorMap &k_map, const CUtensorMap &v_map, Each each) const {
-        if (p.block_table) {
-            PageCache k, v;
-            each([&](auto &&...slot) { copy_pages(k, k_map, slot...); },
-                 [&](auto &&...slot) { copy_pages(v, v_map, slot...); });
+        if (PAGES && p.block_table) {
+            BoxCache k, v;
+            const int shift = __ffs(box_rows(p, ROWS)) - 1;
+            each([&](auto &&...slot) { copy_pages(k, shift, k_map, slot...); },
+                 [&](auto &&...slot) { copy_pages(v, shift, v_map, slot...); });
         } else if (threadIdx.x % 32 == 0) {
             const int head = (int)t.head_k, entry = (int)fad_cache_entry(&p, t.seq.index);
             each([&](auto &&...slot) { copy_rows(head, entry, k_map, slot...); },
@@ -59,34 +65,37 @@ template <int ROWS, int PIECES> struct KeyCopier {
             copy_box(to + piece * PIECE, map, full, first_dim + piece * 64, first_row + key, head, entry, policy);
     }
 
-    /* The page of a box; past the last one, where there are zeros, if nothing of it is seen. */
-    __device__ __forceinline__ int page_of(int key, int box) const {
-        if (key >= range.hi || key + box <= range.lo)
-            return (int)p.Bk;
-        return (int)fad_clamp(t.seq.pages[(unsigned)(first_row + key) / (unsigned)p.page_size], 0, p.Bk - 1);
+    __device__ __forceinline__ bool seen(int key, int rows) const { return key < range.hi && key + rows > range.lo; }
+    __device__ __forceinline__ BoxPlace find(int key, int rows) const {
+        const unsigned row = (unsigned)(first_row + key), page = row / t.seq.page_size;
+        return {seen(key, rows) ? t.seq.pages[page] : 0, (int)(row - page * t.seq.page_size)};
     }
 
-    /* A lane copies a box: boxes have eight rows or more. */
-    __device__ __forceinline__ void copy_pages(PageCache &cache, const CUtensorMap &map, int key, int first_dim,
-                                               char *to, MemoryBarrier &empty, unsigned round,
+    /* A lane copies a box: there are 32 or fewer, of 2^shift rows each. */
+    __device__ __forceinline__ void copy_pages(BoxCache &cache, int shift, const CUtensorMap &map, int key,
+                                               int first_dim, char *to, MemoryBarrier &empty, unsigned round,
                                                MemoryBarrier &full) const {
-        const int lane = threadIdx.x % 32, box = box_rows(p, ROWS), number = key / box, row = lane * box;
-        if (number - cache.first >= 32) {
-            cache.first = number & ~31; /* the boxes of ROWS keys never lie on both sides of a multiple of 32 */
-            cache.page = page_of((cache.first + lane) * box, box);
+        const int lane = threadIdx.x % 32, rows = 1 << shift, number = key >> shift, row = lane << shift;
+        if ((unsigned)(number - cache.first) >= 32) {
+            const int first = number & ~31; /* the boxes of ROWS keys never lie on both sides of a multiple of 32 */
+            cache.box = first - cache.first == 32 ? cache.next : find((first + lane) << shift, rows);
+            cache.next = find((first + 32 + lane) << shift, rows);
+            cache.first = first;
         }
-        const int page = __shfl_sync(~0u, cache.page, number - cache.first + lane);
+        const int page = __shfl_sync(~0u, cache.box.page, number - cache.first + lane),
+                  row_of_page = __shfl_sync(~0u, cache.box.row, number - cache.first + lane);
+        /* past the last page there are zeros, if nothing of a box is seen */
+        const int entry = seen(key + row, rows) ? min(max(page, 0), (int)p.Bk - 1) : (int)p.Bk;
         barrier_wait(empty, round);
         if (lane == 0)
             barrier_arrive_expect(full, BYTES);
         __syncwarp(); /* no bytes before they are expected; nor may a lane fall a round behind */
         if (row >= ROWS)
             return;
-        const int row_of_page = (int)((unsigned)(first_row + key + row) % (unsigned)p.page_size);
 #pragma unroll
         for (int piece = 0; piece < PIECES; piece++)
             copy_box(to + piece * PIECE + row * 128, map, full, first_dim + piece * 64, row_of_page, (int)t.head_k,
-                     page, policy);
+                     entry, policy);
     }
 };
 

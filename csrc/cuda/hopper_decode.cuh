@@ -15,6 +15,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, S::RESIDENT)
 template <class S> static HopperKernel hopper_decode_of() {
     return {{DECODE_ROWS, S::D, DECODE_THREADS, false, sizeof(MmaDecodeShared<S>), 0, nullptr},
             SLOT_KEYS,
+            8,
             hopper_decode_kernel<S>};
 }
 

@@ -8,7 +8,8 @@
 
 struct HopperKernel {
     MmaKernel shape; /* without run */
-    int box_keys;    /* copied at a time */
+    int box_keys;    /* copied at a time, */
+    int least_box;   /* and fewer where pages are small, but no fewer than this: other copies are faster then */
     void (*run)(fad_attn_problem, Work, CUtensorMap k, CUtensorMap v);
 };
 

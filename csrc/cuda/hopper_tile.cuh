@@ -41,6 +41,7 @@ template <class S> static HopperKernel hopper_kernel_of() {
     return {{S::ROWS, S::D, S::THREADS, true, sizeof(HopperShared<S>),
              S::REST_IN_SHARED ? 0 : S::CONSUMERS * S::N * GROUP_THREADS * sizeof(float4), nullptr},
             BLOCK_KEYS,
+            8,
             hopper_tile_kernel<S>};
 }
 

@@ -20,7 +20,7 @@ static fad_status check_rows(const char *name, const fad_view &view, int64_t ent
 
 /* Kernels count the rows of a sequence in 32 bits. */
 static fad_status check_lengths(const fad_attn_problem *p) {
-    constexpr int64_t MOST = INT32_MAX - 33 * FAD_MMA_BLOCK_KV; /* copies, and the pages asked for, go past the end */
+    constexpr int64_t MOST = INT32_MAX - 65 * FAD_MMA_BLOCK_KV; /* pages asked for go past the end */
     return p->Sq <= MOST && p->Sk <= MOST
                ? FAD_OK
                : fad_core->fail(FAD_UNSUPPORTED,

@@ -2,8 +2,8 @@
  *
  * A thread block walks a range of keys block by block. Score warps compute S, each for some keys, and, as soon as the
  * maxima of all are known, P; value warps compute O, each for some value dims. They meet once a block: between two
- * exchanges O meets one block, P of the next is made, and S of the one after that. A warp of its own keeps K and V
- * coming, by the copy engine or without. */
+ * exchanges O meets one block, P of the next is made, and S of the one after that. Producers keep K and V coming, by the
+ * copy engine or without. */
 #ifndef FAD_CUDA_MMA_DECODE_CUH
 #define FAD_CUDA_MMA_DECODE_CUH
 
@@ -55,11 +55,11 @@ static __device__ __forceinline__ void mma_decode(const fad_attn_problem &p, con
     if (sm.range.blocks == 0)
         return;
     MmaDecodeProducer<S> producer = {p, sm, {}};
-    if constexpr (S::ENGINE) {
+    const int warp = (int)(threadIdx.x - DECODE_CONSUMERS) / 32;
+    if constexpr (!S::ENGINE)
+        producer.copy_by_warp(warp);
+    else if (warp == 0)
         producer.copy_by_engine(*k_map, *v_map);
-    } else {
-        producer.copy_by_warp();
-    }
 }
 
 template <class S>

@@ -10,8 +10,9 @@
 #include "work.cuh"
 
 constexpr int ROLE_WARPS = 4, ROLE_THREADS = ROLE_WARPS * 32; /* score warps; then as many value warps */
-constexpr int DECODE_CONSUMERS = 2 * ROLE_THREADS, DECODE_THREADS = DECODE_CONSUMERS + 32; /* and the producer */
-constexpr int WARP_UNITS = BLOCK_UNITS / ROLE_WARPS;                                       /* a score warp's */
+constexpr int PRODUCER_WARPS = 2;
+constexpr int DECODE_CONSUMERS = 2 * ROLE_THREADS, DECODE_THREADS = DECODE_CONSUMERS + PRODUCER_WARPS * 32;
+constexpr int WARP_UNITS = BLOCK_UNITS / ROLE_WARPS;           /* a score warp's */
 constexpr int SLOT_WARPS = SLOT_KEYS / UNIT_KEYS / WARP_UNITS; /* score warps that read one slot of K */
 
 /* RESIDENT: thread blocks of a multiprocessor, one's start and end beside the other's work. */

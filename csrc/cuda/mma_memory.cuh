@@ -70,26 +70,33 @@ struct Keys {
         }
     }
 
-    /* The same of keys in pages. A warp finds each of its rows once: a lane its nth one, and the lanes that copy the row's
-     * chunks ask that lane. */
+    /* The same of keys in pages. A warp finds each of its rows once: a lane one of every 32, and the lanes that copy the
+     * row's chunks ask that lane. The block table is asked for all of them at once, because memory is late. */
     template <int ROWS, int CHUNKS, int THREADS>
     __device__ __forceinline__ void load_paged(char *to, int key, int lo, int hi, int first_dim, int thread) const {
         constexpr int STEP = THREADS / CHUNKS, WARP_STEP = 32 / CHUNKS, WARP_ROWS = ROWS / STEP * WARP_STEP,
-                      TOGETHER = WARP_ROWS < 32 ? WARP_ROWS : 32;
+                      TOGETHER = WARP_ROWS < 32 ? WARP_ROWS : 32, TURNS = WARP_ROWS / TOGETHER;
         /* The compiler must not know that the thread is the same in every round: it would compute all addresses before
          * the loop over blocks, and spill what the common path keeps in registers. */
         asm volatile("" : "+r"(thread));
         const int lane = thread % 32, r = thread / 32 * WARP_STEP, chunk = lane % CHUNKS, d = first_dim + chunk * 8;
         const int below = d < dims ? hi : lo;
-#pragma unroll 1
-        for (int done = 0; done < WARP_ROWS; done += TOGETHER) {
-            const int nth = done + lane, mine = key + r + nth / WARP_STEP * STEP + nth % WARP_STEP;
-            int64_t place = 0;
-            if (lane < TOGETHER && mine >= lo && mine < hi)
-                place = fad_key_offset(&view, 0, fad_find_key(&seq, first + mine));
+        int page[TURNS];
+        unsigned row_of_page[TURNS];
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++) {
+            const int nth = turn * TOGETHER + lane, mine = key + r + nth / WARP_STEP * STEP + nth % WARP_STEP;
+            const unsigned row = (unsigned)(seq.k_row + first + mine), number = row / seq.page_size;
+            row_of_page[turn] = row - number * seq.page_size;
+            page[turn] = lane < TOGETHER && mine >= lo && mine < hi ? seq.pages[number] : 0;
+        }
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++) {
+            const int64_t place =
+                fad_key_offset(&view, 0, {fad_clamp(page[turn], 0, (int64_t)seq.n_pages - 1), row_of_page[turn]});
 #pragma unroll 4
             for (int i = 0; i < TOGETHER / WARP_STEP; i++) {
-                const int row = r + (done / WARP_STEP + i) * STEP + lane / CHUNKS, number = key + row;
+                const int row = r + (turn * TOGETHER / WARP_STEP + i) * STEP + lane / CHUNKS, number = key + row;
                 const char *from = data + 2 * (__shfl_sync(~0u, place, i * WARP_STEP + lane / CHUNKS) + d);
                 cp_async16(to + swizzled<CHUNKS>(row, chunk), from, number >= lo && number < below ? 16 : 0);
             }

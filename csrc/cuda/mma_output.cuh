@@ -184,8 +184,7 @@ static __device__ __forceinline__ void finish_rows(const fad_attn_problem &p, co
         for (int i = 0; i < 4; i++) {
             const int half = i % 2;
             const float x = o[n + i / 2][2 * half], y = o[n + i / 2][2 * half + 1];
-            pairs[i] =
-                pack2<T>(near_quotient(x, l[half], inverse[half]), near_quotient(y, l[half], inverse[half]));
+            pairs[i] = pack2<T>(near_quotient(x, l[half], inverse[half]), near_quotient(y, l[half], inverse[half]));
             range[half].add_value(x);
             range[half].add_value(y);
             range[half].add_result<T>(pairs[i]);
@@ -198,7 +197,7 @@ static __device__ __forceinline__ void finish_rows(const fad_attn_problem &p, co
         near &= (first + g + half * 8 >= t.n_rows) | range[half].near<T>(l[half]);
     if (all(near))
         return;
-    __syncwarp(); /* what other lanes have stored may be overwritten */
+    __syncwarp();   /* what other lanes have stored may be overwritten */
     float4 copy[N]; /* in memory, as registers cannot be indexed */
     rest_state(copy, 1, o);
 #pragma unroll 1
@@ -236,9 +235,9 @@ static __device__ __forceinline__ float partial_value(float o, bool active) {
 /* N9: a split's states of a warp's rows first .. first + 15, spilled; N * 8 values from `first_dim` on, and m and l with the
  * first of them. Lane i finds row i % 16, and tells those that hold its values. */
 template <int N>
-static __device__ __forceinline__ void
-spill_rows(const fad_attn_problem &p, const Tile &t, const fad_partials &partials, int64_t nth, int first,
-           const RowPair &state, const float (&o)[N][4], int first_dim) {
+static __device__ __forceinline__ void spill_rows(const fad_attn_problem &p, const Tile &t,
+                                                  const fad_partials &partials, int64_t nth, int first,
+                                                  const RowPair &state, const float (&o)[N][4], int first_dim) {
     int lane = threadIdx.x % 32;
     asm volatile("" : "+r"(lane)); /* as above */
     const int own = min(first + lane % 16, t.n_rows - 1);

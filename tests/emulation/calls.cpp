@@ -70,7 +70,7 @@ void Call::choose_options() {
 
 /* Pages in an order without order, some of them read twice. */
 void Call::page_keys(int64_t *n_entries, int64_t *rows) {
-    p.page_size = any<int64_t>({8, 16, 24, 64, 128, 192, 256});
+    p.page_size = any<int64_t>({4, 8, 12, 16, 24, 64, 128, 192, 256});
     const int64_t columns = (p.Sk + p.page_size - 1) / p.page_size;
     p.Sk = columns * p.page_size;
     *n_entries = p.Bk = p.B * columns + 2;
