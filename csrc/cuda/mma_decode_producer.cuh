@@ -67,9 +67,8 @@ template <class S> struct MmaDecodeProducer {
         for (int i = 0; i < SLOT_KEYS / 32; i++) {
             const int number = key + i * 32 + (int)threadIdx.x % 32;
             const unsigned row = (unsigned)(first_row + number);
-            const unsigned page = seq.page_size == 1 ? row : row / seq.page_size; /* a division takes a while */
-            pages.row[i] = row - page * seq.page_size;
-            pages.page[i] = number >= sm.range.lo && number < sm.range.hi ? seq.pages[page] : 0;
+            pages.row[i] = row % seq.page_size;
+            pages.page[i] = number >= sm.range.lo && number < sm.range.hi ? seq.pages[row / seq.page_size] : 0;
         }
     }
     /* Keys in pages of any size. A lane has found where a key lies, and the lanes that copy its chunks ask that lane; the
