@@ -209,6 +209,7 @@ def test_ptx_check_notices():
 
 def test_ptx_check_allows_little():
     assert allowed_in("hopper_tile_bf16") == {EX2} | FINITE["bf16"]
+    assert allowed_in("hopper_tile_fp16") == {EX2} | FINITE["fp16"] | CHECKED["hopper_tile_fp16"]
     assert allowed_in("mma_decode_fp16") == {EX2} | FINITE["fp16"]
     assert allowed_in("mma_backward_keys_bf16") == {EX2}
     assert allowed_in("fma_forward") == set()

@@ -67,7 +67,7 @@ MISTAKES = {
         "first_values = false;",
         "64",
     ),
-    "quotients always computed the near way": (OUTPUT, "    if (all(near))\n", "    if (true)\n", "128"),
+    "quotients always computed the near way": (OUTPUT, "    if (__all_sync(~0u, near))\n", "    if (true)\n", "128"),
     "maxima always compared as integers": (
         SOFTMAX,
         "if (INTEGERS && !__any_sync",

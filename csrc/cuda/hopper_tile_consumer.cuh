@@ -2,7 +2,8 @@
 #ifndef FAD_CUDA_HOPPER_TILE_CONSUMER_CUH
 #define FAD_CUDA_HOPPER_TILE_CONSUMER_CUH
 
-#include "hopper_tile_empty.cuh"
+#include "hopper_tile_shared.cuh"
+#include "mma_output.cuh"
 #include "mma_values.cuh"
 
 /* The 64 rows of a warpgroup; a warp has 16 of them.
@@ -228,7 +229,7 @@ template <class S> struct HopperConsumer {
             staged = sm.ring[values.part[group]] + first % GROUP_ROWS / 16 * STAGED;
             named_barrier_sync(ALL_CONSUMERS, S::CONSUMERS * GROUP_THREADS); /* the values may be overwritten */
         }
-        finish_rows<S::T>(p, t, first, part, o, staged, [](bool x) { return __all_sync(~0u, x); });
+        finish_rows<S::T>(p, t, first, part, o, staged);
         __syncwarp(); /* out is staged */
         store_staged<S::N>(p, t, first, staged);
         __syncwarp(); /* it may be overwritten */
@@ -300,7 +301,8 @@ template <class S> struct HopperConsumer {
     }
 
     /* What a step has to be ready for. PLAIN: this block and the next are plain and in one split. SPLIT: they are plain and
-     * in two, which are folded. These have code of their own, without all that is rare, which would lie in the way and take registers. */
+     * in two, which are folded. These have code of their own, without all that is rare, which would lie in the way and take
+     * registers. */
     enum Kind { PLAIN, SPLIT, ANY };
 
     /* s holds the probabilities of the present block, and at the end those of the next; with OVERLAP a has them, rounded.

@@ -49,7 +49,9 @@ template <class S> struct HopperShared {
     HopperItem items[ITEMS];
     float2 totals[S::ROWS]; /* m and l of the splits that have ended */
     /* N11: blocks of which some row does not see all, in the order of their use: where their values lie, and whether there
-     * is Inf or NaN among them. Values that are checked are in the ring, so that there are never more than it has slots. */
+     * is Inf or NaN among them. Checks have no barrier to say that one may be overwritten: the values of SLOTS - 1 checks
+     * later lie so far on in the ring that every consumer has released those of this one. */
+    static_assert((S::SLOTS - 1) * 2 * S::PARTS >= S::SLOTS, "also where the last one asks for nothing");
     Ring to_check[S::SLOTS];
     bool not_finite[S::SLOTS];
     /* full: the copies have arrived. empty: every consuming warp is done with it. */

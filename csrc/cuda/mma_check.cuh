@@ -20,7 +20,8 @@ static fad_status check_rows(const char *name, const fad_view &view, int64_t ent
 
 /* Kernels count the rows of a sequence in 32 bits. */
 static fad_status check_lengths(const fad_attn_problem *p) {
-    constexpr int64_t MOST = INT32_MAX - 65 * FAD_MMA_BLOCK_KV; /* pages asked for go past the end */
+    /* Boxes of a block or less are asked for 64 at a time (BoxCache), and so go past the end. */
+    constexpr int64_t MOST = INT32_MAX - (64 + 1) * FAD_MMA_BLOCK_KV;
     return p->Sq <= MOST && p->Sk <= MOST
                ? FAD_OK
                : fad_core->fail(FAD_UNSUPPORTED,

@@ -139,11 +139,10 @@ struct FinishedRow {
 
 /* N8 (sink), N9, N10 for a warp's rows first .. first + 15 of the tile: to lse, and rounded to `staged`, 16 rows of N chunks
  * for this warp alone. Lane i finishes row i % 16, and tells those that hold its values. What runs once a tile is fetched
- * slowly, and jumps make that worse: the common way has none, and tells afterwards whether all values were in its range.
- * all(x): whether x holds in all warps that call together. */
-template <fad_dtype T, int N, class All>
+ * slowly, and jumps make that worse: the common way has none, and tells afterwards whether all values were in its range. */
+template <fad_dtype T, int N>
 static __device__ __forceinline__ void finish_rows(const fad_attn_problem &p, const Tile &t, int first,
-                                                   const RowPair &state, float (&o)[N][4], char *staged, All all) {
+                                                   const RowPair &state, float (&o)[N][4], char *staged) {
     int lane = threadIdx.x % 32;
     /* The compiler must not know that these are the same for every tile: it would compute addresses before the loop over
      * tiles, and spill what the loop over blocks keeps in registers. */
@@ -195,7 +194,7 @@ static __device__ __forceinline__ void finish_rows(const fad_attn_problem &p, co
 #pragma unroll
     for (int half = 0; half < 2; half++)
         near &= (first + g + half * 8 >= t.n_rows) | range[half].near<T>(l[half]);
-    if (all(near))
+    if (__all_sync(~0u, near))
         return;
     __syncwarp();   /* what other lanes have stored may be overwritten */
     float4 copy[N]; /* in memory, as registers cannot be indexed */

@@ -204,7 +204,7 @@ static __device__ __forceinline__ void mma_tile_item(const fad_attn_problem &p, 
         return;
     }
     char *const staged = sm.q + warp.first * S::D * 2; /* where the warp's q was */
-    finish_rows<S::T>(p, sm.t, warp.first, warp.total(), warp.o, staged, [](bool x) { return __all_sync(~0u, x); });
+    finish_rows<S::T>(p, sm.t, warp.first, warp.total(), warp.o, staged);
     __syncwarp(); /* out is staged */
     store_staged<S::N>(p, sm.t, warp.first, staged);
 }

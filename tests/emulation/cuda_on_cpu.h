@@ -121,8 +121,8 @@ typedef uint64_t MemoryBarrier;
 inline void barrier_init(MemoryBarrier &barrier, int count) { emulation::barrier_init(barrier, count); }
 inline void barrier_arrive(MemoryBarrier &barrier) { emulation::barrier_arrive(barrier, 0); }
 inline void barrier_wait(MemoryBarrier &barrier, unsigned parity) { emulation::barrier_wait(barrier, parity); }
-inline void named_barrier_sync(int id, int threads) { emulation::named_barrier(id, threads, false, false); }
-inline void named_barrier_arrive(int id, int threads) { emulation::named_barrier(id, threads, true, false); }
+inline void named_barrier_sync(int id, int threads) { emulation::named_barrier(id, threads, false); }
+inline void named_barrier_arrive(int id, int threads) { emulation::named_barrier(id, threads, true); }
 inline void __syncthreads() { named_barrier_sync(0, emulation::block_threads); }
 
 inline void load_matrices(unsigned (&r)[4], const void *row, bool transposed) {
@@ -196,9 +196,6 @@ inline uint64_t read_once() { return 0; }
 inline void copy_box(void *to, const CUtensorMap &map, MemoryBarrier &barrier, int dim, int row, int head, int batch,
                      uint64_t) {
     emulation::copy_box(to, map, barrier, dim, row, head, batch);
-}
-inline bool named_barrier_or(int id, int threads, bool value) {
-    return emulation::named_barrier(id, threads, false, value);
 }
 template <int REGISTERS> inline void give_registers() {}
 template <int REGISTERS> inline void take_registers() {}

@@ -37,7 +37,6 @@ struct Fiber {
     std::string waits; /* for what; empty: it can go on */
     const uint64_t *barrier;
     int named; /* barrier it waits at, else -1 */
-    bool named_value;
     std::vector<Copy16> copies;
 };
 struct Warp {
@@ -49,7 +48,6 @@ struct Warp {
 };
 struct NamedBarrier {
     int arrived, threads;
-    bool value;
     bool here[1024];
 };
 struct BoxCopy {
@@ -174,29 +172,26 @@ void barrier_wait(uint64_t &barrier, unsigned parity) {
               std::to_string(parity));
     }
 }
-bool named_barrier(int id, int threads, bool arrive_only, bool value) {
+void named_barrier(int id, int threads, bool arrive_only) {
     NamedBarrier &b = named[id];
     if (b.arrived == 0)
         b = {}, b.threads = threads;
     if (b.threads != threads || b.here[current])
         fail("named barrier " + std::to_string(id) + ": wrong count, or arrives twice");
     b.here[current] = true;
-    b.value |= value;
     if (++b.arrived == threads) {
         b.arrived = 0;
         for (size_t i = 0; i < warps.size() * 32; i++)
             if (fibers[i].named == id) {
                 fibers[i].named = -1;
-                fibers[i].named_value = b.value;
                 wake((int)i);
             }
-        return b.value;
+        return;
     }
     if (arrive_only)
-        return false;
+        return;
     fibers[current].named = id;
     block("named barrier " + std::to_string(id));
-    return fibers[current].named_value;
 }
 
 /* ---- copies ---- */

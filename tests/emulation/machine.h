@@ -47,8 +47,8 @@ void barrier_init(uint64_t &barrier, int count);
 void barrier_arrive(uint64_t &barrier, int expected_bytes);
 bool barrier_test(uint64_t &barrier, unsigned parity);
 void barrier_wait(uint64_t &barrier, unsigned parity);
-/* Waits unless `arrive_only`; whether any thread brought `value`. */
-bool named_barrier(int id, int threads, bool arrive_only, bool value);
+/* Waits unless `arrive_only`. */
+void named_barrier(int id, int threads, bool arrive_only);
 
 /* cp.async of 16 bytes. */
 void copy16(void *to, const void *from, int bytes);
