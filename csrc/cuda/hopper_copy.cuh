@@ -10,7 +10,8 @@
 struct BoxPlace {
     int page, row;
 };
-/* 32 boxes, one in each lane, and the 32 after them: asked for long before their use, because memory is late. */
+/* 32 boxes, one in each lane, and the 32 after them, which are asked for long before their use, because memory is late; the
+ * first of an item are waited for. */
 struct BoxCache {
     int first = -64; /* box */
     BoxPlace box, next;
