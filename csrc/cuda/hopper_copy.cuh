@@ -17,9 +17,9 @@ struct BoxCache {
     BoxPlace box, next;
 };
 
-/* ROWS keys by PIECES times 64 dims at a time, into pieces that lie one behind the other. PAGES: they may be in pages. */
-template <int ROWS, int PIECES, bool PAGES = true> struct KeyCopier {
-    static constexpr int PIECE = ROWS * 128, BYTES = PIECES * PIECE;
+/* ROWS keys by PIECES times 64 dims at a time, into pieces of PIECE_ROWS rows. PAGES: they may be in pages. */
+template <int ROWS, int PIECES, int PIECE_ROWS = ROWS, bool PAGES = true> struct KeyCopier {
+    static constexpr int PIECE = PIECE_ROWS * 128, BYTES = PIECES * ROWS * 128;
     const fad_attn_problem &p;
     const Tile &t;
     const KeyRange &range;
@@ -32,22 +32,16 @@ template <int ROWS, int PIECES, bool PAGES = true> struct KeyCopier {
           first_row((int)(tile.seq.k_row + key_range.first - tile.seq.span.k_pos)), policy(l2_policy) {}
 
     /* Copies every slot of an item, as `each` asks for: it gets two functions, for K and for V, which start the copy of keys
-     * from number `key` on as soon as `to` is empty; their bytes arrive at `full`. By one warp, of which one lane calls
-     * `each`, or all do where every page is a copy of its own. */
+     * from number `key` on as soon as `to` is empty; their bytes arrive at `full`. By one warp, all lanes of which call
+     * `each`. */
     template <class Each>
     __device__ __forceinline__ void run(const CUtensorMap &k_map, const CUtensorMap &v_map, Each each) const {
-        start(k_map, v_map, each);
-        __syncwarp();
-    }
-    /* The same; lanes that call nothing do not wait for the one that does. */
-    template <class Each>
-    __device__ __forceinline__ void start(const CUtensorMap &k_map, const CUtensorMap &v_map, Each each) const {
         if (PAGES && p.block_table) {
             BoxCache k, v;
             const int shift = __ffs(box_rows(p, ROWS)) - 1;
             each([&](auto &&...slot) { copy_pages(k, shift, k_map, slot...); },
                  [&](auto &&...slot) { copy_pages(v, shift, v_map, slot...); });
-        } else if (threadIdx.x % 32 == 0) {
+        } else {
             const int head = (int)t.head_k, entry = (int)fad_cache_entry(&p, t.seq.index);
             each([&](auto &&...slot) { copy_rows(head, entry, k_map, slot...); },
                  [&](auto &&...slot) { copy_rows(head, entry, v_map, slot...); });
@@ -59,11 +53,14 @@ template <int ROWS, int PIECES, bool PAGES = true> struct KeyCopier {
     __device__ __forceinline__ void copy_rows(int head, int entry, const CUtensorMap &map, int key, int first_dim,
                                               char *to, MemoryBarrier &empty, unsigned round,
                                               MemoryBarrier &full) const {
-        barrier_wait(empty, round);
-        barrier_arrive_expect(full, BYTES);
+        if (threadIdx.x % 32 == 0) {
+            barrier_wait(empty, round);
+            barrier_arrive_expect(full, BYTES);
 #pragma unroll
-        for (int piece = 0; piece < PIECES; piece++)
-            copy_box(to + piece * PIECE, map, full, first_dim + piece * 64, first_row + key, head, entry, policy);
+            for (int piece = 0; piece < PIECES; piece++)
+                copy_box(to + piece * PIECE, map, full, first_dim + piece * 64, first_row + key, head, entry, policy);
+        }
+        __syncwarp();
     }
 
     __device__ __forceinline__ bool seen(int key, int rows) const { return key < range.hi && key + rows > range.lo; }

@@ -16,6 +16,7 @@ template <class S> static HopperKernel hopper_decode_of() {
     return {{DECODE_ROWS, S::D, DECODE_THREADS, false, sizeof(MmaDecodeShared<S>), 0, nullptr},
             SLOT_KEYS,
             8,
+            false,
             hopper_decode_kernel<S>};
 }
 

@@ -10,6 +10,7 @@ struct HopperKernel {
     MmaKernel shape; /* without run */
     int box_keys;    /* copied at a time, */
     int least_box;   /* and fewer where pages are small, but no fewer than this: other copies are faster then */
+    bool copies;     /* what the copy engine does not, a warp of the kernel */
     void (*run)(fad_attn_problem, Work, CUtensorMap k, CUtensorMap v);
 };
 
@@ -23,6 +24,11 @@ HopperKernels hopper_decode_bf16(), hopper_decode_fp16(), hopper_tile_bf16(), ho
 FAD_FN int box_rows(const fad_attn_problem &p, int rows) {
     const int64_t aligned = p.page_size & -p.page_size;
     return p.block_table && aligned < rows ? (int)aligned : rows;
+}
+
+/* Whether the copy engine serves pages: else its boxes would cross their borders, or be too many. */
+FAD_FN bool pages_by_engine(const fad_attn_problem &p, const HopperKernel &kernel) {
+    return !p.leftpad_k && !p.k_pos && box_rows(p, kernel.box_keys) >= kernel.least_box;
 }
 
 /* The kernel for a call's head dims and this many rows of a sequence. */

@@ -63,10 +63,9 @@ static bool describe_keys(const fad_attn_problem *p, int box, CUtensorMap *k, CU
 }
 
 bool describe_keys(const fad_attn_problem *p, const HopperKernel &kernel, CUtensorMap *k, CUtensorMap *v) {
-    const int box = box_rows(*p, kernel.box_keys);
-    if (p->block_table && (p->leftpad_k || p->k_pos || box < kernel.least_box))
-        return false; /* boxes would cross the borders of pages, or be too many */
-    return describe_keys(p, box, k, v);
+    if (p->block_table && !pages_by_engine(*p, kernel))
+        return false;
+    return describe_keys(p, box_rows(*p, kernel.box_keys), k, v);
 }
 
 /* The kernel of the call's head dims. */

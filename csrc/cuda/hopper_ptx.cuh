@@ -29,6 +29,19 @@ static __device__ __forceinline__ bool barrier_test(MemoryBarrier &barrier, unsi
                  : "memory");
     return done;
 }
+/* The same; does not wait. */
+static __device__ __forceinline__ bool barrier_done(MemoryBarrier &barrier, unsigned parity) {
+    unsigned done;
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, done;\n"
+                 "}"
+                 : "=r"(done)
+                 : "r"(shared_address(&barrier)), "r"(parity)
+                 : "memory");
+    return done;
+}
 /* What this thread wrote to shared memory becomes visible to the copy engine and to wgmma. */
 static __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

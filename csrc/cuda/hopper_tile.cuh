@@ -22,14 +22,13 @@ __global__ void __launch_bounds__(S::THREADS, 1)
     __syncthreads(); /* barriers may be used */
     if (threadIdx.x < GROUP_THREADS) {
         give_registers<S::PRODUCER_REGISTERS>();
-        if (threadIdx.x < 32)
+        const int warp = uniform(threadIdx.x / 32);
+        if (warp < KEY_WARPS)
+            KeyProducer<S>(p, work, k_map, v_map, sm, warp).run();
+        else if (warp == KEY_WARPS)
             ItemProducer<S>{p, work, sm}.run();
-        else if (threadIdx.x < 64)
-            KeyProducer<S>{p, k_map, v_map, sm, {}, {}}.run();
-        else if (threadIdx.x < 96)
-            produce_queries(p, sm);
         else
-            check_values(sm);
+            produce_queries(p, sm);
     } else {
         take_registers<S::CONSUMER_REGISTERS>();
         HopperConsumer<S>(p, work, sm).run();
@@ -40,8 +39,9 @@ template <class S> static HopperKernel hopper_kernel_of() {
     static_assert(sizeof(HopperShared<S>) <= 227 * 1024, "more shared memory than a thread block can have");
     return {{S::ROWS, S::D, S::THREADS, true, sizeof(HopperShared<S>),
              S::REST_IN_SHARED ? 0 : S::CONSUMERS * S::N * GROUP_THREADS * sizeof(float4), nullptr},
-            BLOCK_KEYS,
+            BLOCK_KEYS / KEY_WARPS,
             8,
+            true,
             hopper_tile_kernel<S>};
 }
 

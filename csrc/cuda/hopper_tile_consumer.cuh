@@ -141,7 +141,9 @@ template <class S> struct HopperConsumer {
     /* N11: whether the values of the next block that not every row sees have Inf or NaN. */
     __device__ __forceinline__ bool values_not_finite() {
         barrier_wait(sm.check_done[check.index], check.round);
-        const bool not_finite = uniform(sm.not_finite[check.index]);
+        const bool *const of_warps = sm.not_finite[check.index];
+        static_assert(KEY_WARPS == 2, "all of them are asked");
+        const bool not_finite = uniform(of_warps[0] || of_warps[1]);
         check.advance(S::SLOTS);
         return not_finite;
     }

@@ -1,10 +1,11 @@
-/* The producing warps of the Hopper tile kernel: one finds items, one keeps K and V coming, block by block, one copies Q,
- * and one checks values. */
+/* The producing warps of the Hopper tile kernel: one finds items, one copies Q, and KEY_WARPS keep K and V coming, block by
+ * block, and check values. */
 #ifndef FAD_CUDA_HOPPER_TILE_PRODUCER_CUH
 #define FAD_CUDA_HOPPER_TILE_PRODUCER_CUH
 
 #include "hopper_copy.cuh"
 #include "hopper_tile_empty.cuh"
+#include "hopper_tile_pages.cuh"
 
 /* Finds items, always one ahead, so that it costs the consumers no time. The last one does not exist. What no row sees
  * anything of is written out here: tiles without a visible key, and splits outside what a tile sees. */
@@ -54,45 +55,85 @@ template <class S> struct ItemProducer {
     }
 };
 
-/* K and V of all items in the order of their use, each as soon as there is room for it. */
+/* K and V of all items in the order of their use, each as soon as there is room for it. By KEY_WARPS warps, each of which
+ * copies its rows of every block. */
 template <class S> struct KeyProducer {
-    typedef KeyCopier<BLOCK_KEYS, S::PIECES> Copier;
+    static constexpr int ROWS = BLOCK_KEYS / KEY_WARPS;
     const fad_attn_problem &p;
     const CUtensorMap &k_map, &v_map;
     HopperShared<S> &sm;
-    Ring ring, check; /* the next part of K or V, the next check */
+    const int warp; /* of those */
+    const bool by_warp;
+    PageCopier<ROWS, S::PIECES, BLOCK_KEYS> pages; /* if so */
+    Ring ring, check;                              /* the next part of K or V, the next check */
 
-    __device__ __forceinline__ Copier copier(const HopperItem &item) const {
-        return Copier(p, item.t, item.range, keep_as_usual()); /* other tiles of the head read the same */
+    __device__ __forceinline__ KeyProducer(const fad_attn_problem &problem, const Work &work, const CUtensorMap &of_k,
+                                           const CUtensorMap &of_v, HopperShared<S> &shared, int number)
+        : p(problem), k_map(of_k), v_map(of_v), sm(shared), warp(number), by_warp(work.keys_by_warp) {}
+
+    /* KeyCopier::run. */
+    template <class Each> __device__ __forceinline__ void copy_item(const HopperItem &item, Each each) {
+        auto copy = [&](const fad_view &view, int64_t dims, auto &&...slot) {
+            pages.copy(Keys(view, 0, item.t, item.range.first, dims), item.range, slot...);
+        };
+        if (by_warp)
+            each([&](auto &&...slot) { copy(p.k, p.D, slot...); }, [&](auto &&...slot) { copy(p.v, p.Dv, slot...); });
+        else /* other tiles of the head read the same */
+            KeyCopier<ROWS, S::PIECES, BLOCK_KEYS>(p, item.t, item.range, keep_as_usual()).run(k_map, v_map, each);
     }
     template <class Copy> __device__ __forceinline__ void next(Copy &copy, int block) {
 #pragma unroll
         for (int part = 0; part < S::PARTS; part++, ring.advance(S::SLOTS)) {
             const int i = ring.index;
-            copy(block * BLOCK_KEYS, part * S::PIECES * 64, sm.ring[i], sm.empty[i], ring.round ^ 1, sm.full[i]);
+            copy(block * BLOCK_KEYS + warp * ROWS, part * S::PIECES * 64, sm.ring[i] + warp * ROWS * 128, sm.empty[i],
+                 ring.round ^ 1, sm.full[i]);
         }
     }
-    /* Has values checked that begin in this slot of the ring; index -1: no further ones. */
-    __device__ __forceinline__ void ask_check(Ring values) {
-        if (threadIdx.x % 32 == 0) {
-            sm.to_check[check.index] = values;
-            barrier_arrive(sm.check_asked[check.index]);
-        }
-        check.advance(S::SLOTS);
+    __device__ __forceinline__ const HopperItem *next_item(Ring slot) {
+        pages.finish();
+        return wait_for_item(sm, slot);
     }
     /* The first K of an item, which is used before the last V of the one before. */
     __device__ __forceinline__ void first_keys(const HopperItem *item) {
         if (S::OVERLAP && item)
-            copier(*item).start(k_map, v_map, [&](auto copy_k, auto) { next(copy_k, 0); });
+            copy_item(*item, [&](auto copy_k, auto) { next(copy_k, 0); });
+    }
+
+    /* N11: whether there is Inf or NaN among this warp's rows of the values that begin in this slot of the ring. */
+    __device__ __forceinline__ void check_values(Ring slot) {
+        const int lane = threadIdx.x % 32;
+        unsigned sum = 0; /* of nothing but zeros, or not finite */
+        pages.finish();
+#pragma unroll 1
+        for (int part = 0; part < S::PARTS; part++, slot.advance(S::SLOTS)) {
+            barrier_wait(sm.full[slot.index], slot.round);
+#pragma unroll 1
+            for (int piece = 0; piece < S::PIECES; piece++) {
+                const uint4 *const v = (const uint4 *)(sm.ring[slot.index] + piece * S::BOX + warp * ROWS * 128);
+#pragma unroll 4
+                for (int at = lane; at < ROWS * 8; at += 32) {
+                    const uint4 x = v[at];
+                    sum = add_zero_times<S::T>(add_zero_times<S::T>(sum, x.x), x.y);
+                    sum = add_zero_times<S::T>(add_zero_times<S::T>(sum, x.z), x.w);
+                }
+            }
+        }
+        const bool not_finite = __any_sync(~0u, exponents_full<S::T>(sum) != 0);
+        if (lane == 0) {
+            sm.not_finite[check.index][warp] = not_finite;
+            barrier_arrive(sm.check_done[check.index]);
+        }
+        __syncwarp();
+        check.advance(S::SLOTS);
     }
 
     __device__ __forceinline__ void run() {
         Ring slot;
-        const HopperItem *item = wait_for_item(sm, slot);
+        const HopperItem *item = next_item(slot);
         first_keys(item);
         while (item) {
             const Ring next_slot = slot.after(1, ITEMS);
-            copier(*item).start(k_map, v_map, [&](auto copy_k, auto copy_v) {
+            copy_item(*item, [&](auto copy_k, auto copy_v) {
                 const int blocks = item->range.blocks;
 #pragma unroll 1
                 for (int block = 0; block < blocks; block++) {
@@ -101,18 +142,17 @@ template <class S> struct KeyProducer {
                     else if (block + 1 < blocks)
                         next(copy_k, block + 1);
                     else
-                        first_keys(wait_for_item(sm, next_slot));
+                        first_keys(next_item(next_slot));
                     const Ring values = ring;
                     next(copy_v, block);
                     if (item->range.partial(block))
-                        ask_check(values);
+                        check_values(values);
                 }
             });
             warp_arrive(sm.item_empty[slot.index]); /* all lanes have read the item */
             slot = next_slot;
-            item = wait_for_item(sm, slot);
+            item = next_item(slot);
         }
-        ask_check({-1});
     }
 };
 
@@ -142,34 +182,6 @@ static __device__ __forceinline__ void produce_queries(const fad_attn_problem &p
         warp_arrive(sm.item_empty[slot.index]); /* all lanes have read the item */
         slot.advance(ITEMS);
         buffer.advance(S::Q_BUFFERS);
-    }
-}
-
-/* N11: whether values that not every row sees have Inf or NaN among them, found before the consumers come to them. */
-template <class S> static __device__ __forceinline__ void check_values(HopperShared<S> &sm) {
-    const int lane = threadIdx.x % 32;
-    for (Ring check;; check.advance(S::SLOTS)) {
-        barrier_wait(sm.check_asked[check.index], check.round);
-        Ring slot = sm.to_check[check.index];
-        if (slot.index < 0)
-            return;
-        unsigned sum = 0; /* of nothing but zeros, or not finite */
-#pragma unroll 1
-        for (int part = 0; part < S::PARTS; part++, slot.advance(S::SLOTS)) {
-            barrier_wait(sm.full[slot.index], slot.round);
-            const uint4 *const v = (const uint4 *)sm.ring[slot.index];
-#pragma unroll 4
-            for (int at = lane; at < S::SLOT / 16; at += 32) {
-                const uint4 x = v[at];
-                sum = add_zero_times<S::T>(add_zero_times<S::T>(sum, x.x), x.y);
-                sum = add_zero_times<S::T>(add_zero_times<S::T>(sum, x.z), x.w);
-            }
-        }
-        const bool not_finite = __any_sync(~0u, exponents_full<S::T>(sum) != 0);
-        if (lane == 0) {
-            sm.not_finite[check.index] = not_finite;
-            barrier_arrive(sm.check_done[check.index]);
-        }
     }
 }
 

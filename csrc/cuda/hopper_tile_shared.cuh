@@ -38,6 +38,7 @@ struct HopperItem {
 };
 
 constexpr int ITEMS = 3; /* the one in work, the next, and the one after it */
+constexpr int KEY_WARPS = 2;
 
 /* A warp's 16 rows by N n8 tiles of O at rest in shared memory, as its lanes hold them. */
 template <int N> using RestTile = float4[N][32];
@@ -48,24 +49,21 @@ template <class S> struct HopperShared {
     RestTile<S::N> rest[S::REST_IN_SHARED ? S::CONSUMING_WARPS : 0]; /* each consuming warp's */
     HopperItem items[ITEMS];
     float2 totals[S::ROWS]; /* m and l of the splits that have ended */
-    /* N11: blocks of which some row does not see all, in the order of their use: where their values lie, and whether there
-     * is Inf or NaN among them. Checks have no barrier to say that one may be overwritten: the values of SLOTS - 1 checks
-     * later lie so far on in the ring that every consumer has released those of this one. */
-    static_assert((S::SLOTS - 1) * 2 * S::PARTS >= S::SLOTS, "also where the last one asks for nothing");
-    Ring to_check[S::SLOTS];
-    bool not_finite[S::SLOTS];
+    /* N11: blocks of which some row does not see all, in the order of their use: whether there is Inf or NaN among the
+     * values that each key warp has copied. No barrier says that it may be overwritten: the values of SLOTS checks later lie
+     * so far on in the ring that every consumer has released those of this one. */
+    bool not_finite[S::SLOTS][KEY_WARPS];
     /* full: the copies have arrived. empty: every consuming warp is done with it. */
     MemoryBarrier full[S::SLOTS], empty[S::SLOTS];
     MemoryBarrier q_full[S::Q_BUFFERS], q_empty[S::Q_BUFFERS], item_full[ITEMS], item_empty[ITEMS];
-    MemoryBarrier check_asked[S::SLOTS], check_done[S::SLOTS];
+    MemoryBarrier check_done[S::SLOTS];
 };
 
 template <class S> static __device__ void init_barriers(HopperShared<S> &sm) {
     for (int i = 0; i < S::SLOTS; i++) {
-        barrier_init(sm.full[i], 1);
+        barrier_init(sm.full[i], KEY_WARPS);
         barrier_init(sm.empty[i], S::CONSUMING_WARPS);
-        barrier_init(sm.check_asked[i], 1);
-        barrier_init(sm.check_done[i], 1);
+        barrier_init(sm.check_done[i], KEY_WARPS);
     }
     for (int i = 0; i < S::Q_BUFFERS; i++) {
         barrier_init(sm.q_full[i], 32);
@@ -73,7 +71,7 @@ template <class S> static __device__ void init_barriers(HopperShared<S> &sm) {
     }
     for (int i = 0; i < ITEMS; i++) {
         barrier_init(sm.item_full[i], 1);
-        barrier_init(sm.item_empty[i], S::CONSUMING_WARPS + 2);
+        barrier_init(sm.item_empty[i], S::CONSUMING_WARPS + KEY_WARPS + 1);
     }
     fence_barrier_init();
 }

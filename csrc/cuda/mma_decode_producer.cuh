@@ -37,9 +37,9 @@ template <class S> struct MmaDecodeProducer {
             ring.advance(S::SLOTS);
         };
         if (p.block_table) {
-            SlotPages of_k, of_v;
-            find_pages(of_k, warp * SLOT_KEYS);
-            find_pages(of_v, warp * SLOT_KEYS);
+            Found of_k, of_v;
+            find(of_k, k, warp * SLOT_KEYS);
+            find(of_v, v, warp * SLOT_KEYS);
             run([&](int key) { slot(key, [&](char *to) { copy_pages(to, k, of_k, key); }); },
                 [&](int key) { slot(key, [&](char *to) { copy_pages(to, v, of_v, key); }); });
         } else {
@@ -55,44 +55,24 @@ template <class S> struct MmaDecodeProducer {
                                                  piece * 64, threadIdx.x % 32);
     }
 
-    /* Where the keys of a slot lie, key + i * 32 + lane in each lane: what the block table says, and the row of the page. */
-    struct SlotPages {
-        int page[SLOT_KEYS / 32];
-        unsigned row[SLOT_KEYS / 32];
-    };
-    __device__ __forceinline__ void find_pages(SlotPages &pages, int key) const {
-        const fad_sequence &seq = sm.t.seq;
-        const int first_row = (int)(seq.k_row + sm.range.first - seq.span.k_pos); /* of key 0 of the range */
+    /* Where the keys of a slot lie, key + i * 32 + lane in each lane. */
+    typedef KeyPlace Found[SLOT_KEYS / 32];
+    __device__ __forceinline__ void find(Found &found, const Keys &keys, int key) const {
 #pragma unroll
-        for (int i = 0; i < SLOT_KEYS / 32; i++) {
-            const int number = key + i * 32 + (int)threadIdx.x % 32;
-            const unsigned row = (unsigned)(first_row + number);
-            pages.row[i] = row % seq.page_size;
-            pages.page[i] = number >= sm.range.lo && number < sm.range.hi ? seq.pages[row / seq.page_size] : 0;
-        }
+        for (int i = 0; i < SLOT_KEYS / 32; i++)
+            found[i] = keys.find(key + i * 32 + (int)threadIdx.x % 32, sm.range.lo, sm.range.hi);
     }
-    /* Keys in pages of any size. A lane has found where a key lies, and the lanes that copy its chunks ask that lane; the
-     * pages of the warp's next slot are asked for, because memory is late. */
-    __device__ __forceinline__ void copy_pages(char *to, const Keys &from, SlotPages &pages, int key) const {
-        constexpr int CHUNKS = S::D / 8, STEP = 32 / CHUNKS; /* keys at a time */
-        const int lane = threadIdx.x % 32, chunk = lane % CHUNKS;
-        const SlotPages of_slot = pages;
-        find_pages(pages, key + BLOCK_KEYS);
+    /* Keys in pages of any size. The pages of the warp's next slot are asked for, because memory is late. */
+    __device__ __forceinline__ void copy_pages(char *to, const Keys &from, Found &found, int key) const {
+        KeyPlace of_slot[SLOT_KEYS / 32];
 #pragma unroll
-        for (int i = 0; i < SLOT_KEYS / 32; i++) {
-            const int number = key + i * 32 + lane;
-            const int64_t page = fad_clamp(of_slot.page[i], 0, (int64_t)sm.t.seq.n_pages - 1);
-            const char *const row = from.data + 2 * fad_key_offset(&from.view, 0, {page, of_slot.row[i]});
-            const unsigned seen = __ballot_sync(~0u, number >= sm.range.lo && number < sm.range.hi),
-                           exist = chunk * 8 < from.dims ? seen : 0; /* no key where there is no dim */
-#pragma unroll 8
-            for (int k = 0; k < 32 / STEP; k++) {
-                const int at = k * STEP + lane / CHUNKS;
-                const char *const data = (const char *)__shfl_sync(~0u, (uint64_t)row, at) + chunk * 16;
-                cp_async16(to + chunk / 8 * SLOT_KEYS * 128 + swizzled<8>(i * 32 + at, chunk % 8), data,
-                           exist >> at & 1 ? 16 : 0);
-            }
-        }
+        for (int i = 0; i < SLOT_KEYS / 32; i++)
+            of_slot[i] = found[i];
+        find(found, from, key + BLOCK_KEYS);
+#pragma unroll
+        for (int i = 0; i < SLOT_KEYS / 32; i++)
+            from.template copy_found<SLOT_KEYS, S::D / 64, 8>(to, of_slot[i], key + i * 32, sm.range.lo, sm.range.hi,
+                                                              i * 32, 0);
     }
 
     __device__ __forceinline__ void copy_by_engine(const CUtensorMap &k_map, const CUtensorMap &v_map) {

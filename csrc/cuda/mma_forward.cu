@@ -6,7 +6,8 @@
 struct Plan {
     const MmaKernel *kernel;
     const HopperKernel *hopper; /* kernel is its shape; null: a generic one */
-    CUtensorMap k_map, v_map;   /* for it */
+    CUtensorMap k_map, v_map;   /* for it, */
+    bool keys_by_warp;          /* unless it does without */
     Device device;
     int resident;              /* thread blocks that the device holds at once */
     int64_t n_tiles, n_splits; /* upper bounds for packed calls */
@@ -43,7 +44,9 @@ static void choose_hopper(const fad_attn_problem *p, Plan *plan) {
     if (plan->device.compute != 90 || forced->kernel == 1)
         return;
     plan->hopper = find_hopper_kernel(p, forced->tile_rows ? forced->tile_rows : typical_rows(p));
-    if (!describe_keys(p, *plan->hopper, &plan->k_map, &plan->v_map))
+    const bool by_engine = describe_keys(p, *plan->hopper, &plan->k_map, &plan->v_map);
+    plan->keys_by_warp = !by_engine && p->block_table && plan->hopper->copies;
+    if (!by_engine && !plan->keys_by_warp)
         plan->hopper = nullptr;
 #else
     (void)p, (void)plan;
@@ -121,6 +124,7 @@ static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
     TRY(get_device(&plan->device));
     plan->n_splits = most_splits(p);
     plan->hopper = nullptr;
+    plan->keys_by_warp = false;
     plan->kernel = choose_cluster(p, *plan);
     if (!plan->kernel) {
         choose_hopper(p, plan);
@@ -155,8 +159,9 @@ static fad_status workspace(const fad_attn_problem *p, int32_t, size_t *bytes) {
 
 static Work make_work(const fad_attn_problem *p, const Plan &plan, int64_t n_items, int64_t item_splits, void *rest,
                       const fad_partials &partials) {
-    return {n_items, plan.n_tiles, item_splits,   nullptr,
-            rest,    partials,     ScoreRule(*p), DenseWork(*p, plan.kernel->rows, n_items, plan.n_tiles, item_splits)};
+    return {n_items,           plan.n_tiles,  item_splits,
+            nullptr,           rest,          partials,
+            plan.keys_by_warp, ScoreRule(*p), DenseWork(*p, plan.kernel->rows, n_items, plan.n_tiles, item_splits)};
 }
 
 /* One thread block an item or, persistent, as many as the device holds at once. */

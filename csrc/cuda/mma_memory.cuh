@@ -32,6 +32,13 @@ static __device__ __forceinline__ void load_queries(char *to, const fad_attn_pro
     load_tile_rows<ROWS, CHUNKS, THREADS>(to, p.q, t.seq.q, p.D, t, thread);
 }
 
+/* Where a key in pages lies: what the block table says, not looked at yet, or it would be waited for; and the row of the
+ * page. */
+struct KeyPlace {
+    int page;
+    unsigned row;
+};
+
 /* K or V of one sequence and kv head. */
 struct Keys {
     const fad_view &view;
@@ -70,7 +77,40 @@ struct Keys {
         }
     }
 
-    /* The same of keys in pages. A warp finds each of its rows once: a lane one of every 32, and the lanes that copy the
+    /* The place of a key in pages, any if it is outside lo .. hi - 1. */
+    __device__ __forceinline__ KeyPlace find(int key, int lo, int hi) const {
+        const unsigned row = (unsigned)(seq.k_row + first + key), page = row / seq.page_size;
+        return {key >= lo && key < hi ? seq.pages[page] : 0, row - page * seq.page_size};
+    }
+    /* Elements from `data` to a key. */
+    __device__ __forceinline__ int64_t offset(const KeyPlace &place) const {
+        return fad_key_offset(&view, 0, {fad_clamp(place.page, 0, (int64_t)seq.n_pages - 1), place.row});
+    }
+
+    /* 32 keys in pages, number `key` on, of which each lane has found one, PIECES times 64 dims from first_dim on, by a warp,
+     * to rows first_row on of pieces of ROWS rows. Zeros as in load. LANES copy a row, and ask the lane that has found it. */
+    template <int ROWS, int PIECES, int LANES>
+    __device__ __forceinline__ void copy_found(char *to, const KeyPlace &found, int key, int lo, int hi, int first_row,
+                                               int first_dim) const {
+        constexpr int STEP = 32 / LANES; /* keys at a time */
+        int lane = threadIdx.x % 32;
+        asm volatile("" : "+r"(lane)); /* or its register is read again for every copy */
+        const int chunk = lane % LANES, r = lane / LANES, d = first_dim + chunk * 8;
+        const char *const row = data + 2 * offset(found);
+        const unsigned exist = __ballot_sync(~0u, key + lane >= lo && key + lane < hi) >> r;
+        char *const piece = to + (first_row + r) * 128;
+        const int column = (chunk ^ r) * 16; /* swizzled as far as r goes */
+#pragma unroll
+        for (int i = 0; i < 32; i += STEP) {
+            const char *const from = (const char *)__shfl_sync(~0u, (uint64_t)row, i + r) + 2 * d;
+#pragma unroll
+            for (int c = 0; c < PIECES * 8; c += LANES)
+                cp_async16(piece + (c / 8 * ROWS + i) * 128 + (column ^ (c % 8 ^ i % 8) * 16), from + c * 16,
+                           exist >> i & 1 && d + c * 8 < dims ? 16 : 0);
+        }
+    }
+
+    /* load() of keys in pages. A warp finds each of its rows once: a lane one of every 32, and the lanes that copy the
      * row's chunks ask that lane. The block table is asked for all of them at once, because memory is late. */
     template <int ROWS, int CHUNKS, int THREADS>
     __device__ __forceinline__ void load_paged(char *to, int key, int lo, int hi, int first_dim, int thread) const {
@@ -81,19 +121,15 @@ struct Keys {
         asm volatile("" : "+r"(thread));
         const int lane = thread % 32, r = thread / 32 * WARP_STEP, chunk = lane % CHUNKS, d = first_dim + chunk * 8;
         const int below = d < dims ? hi : lo;
-        int page[TURNS];
-        unsigned row_of_page[TURNS];
+        KeyPlace found[TURNS];
 #pragma unroll
         for (int turn = 0; turn < TURNS; turn++) {
             const int nth = turn * TOGETHER + lane, mine = key + r + nth / WARP_STEP * STEP + nth % WARP_STEP;
-            const unsigned row = (unsigned)(seq.k_row + first + mine), number = row / seq.page_size;
-            row_of_page[turn] = row - number * seq.page_size;
-            page[turn] = lane < TOGETHER && mine >= lo && mine < hi ? seq.pages[number] : 0;
+            found[turn] = find(mine, lane < TOGETHER ? lo : hi, hi);
         }
 #pragma unroll
         for (int turn = 0; turn < TURNS; turn++) {
-            const int64_t place =
-                fad_key_offset(&view, 0, {fad_clamp(page[turn], 0, (int64_t)seq.n_pages - 1), row_of_page[turn]});
+            const int64_t place = offset(found[turn]);
 #pragma unroll 4
             for (int i = 0; i < TOGETHER / WARP_STEP; i++) {
                 const int row = r + (turn * TOGETHER / WARP_STEP + i) * STEP + lane / CHUNKS, number = key + row;

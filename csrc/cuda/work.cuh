@@ -35,6 +35,7 @@ struct Work {
     unsigned long long *counter;
     void *rest;            /* where a thread block's running O rests between splits */
     fad_partials partials; /* null unless splits are spilled */
+    bool keys_by_warp;     /* keys are in pages that the copy engine does not serve */
     ScoreRule rule;
     DenseWork dense;
 };

@@ -70,7 +70,7 @@ void Call::choose_options() {
 
 /* Pages in an order without order, some of them read twice. */
 void Call::page_keys(int64_t *n_entries, int64_t *rows) {
-    p.page_size = any<int64_t>({4, 8, 12, 16, 24, 64, 128, 192, 256});
+    p.page_size = any<int64_t>({1, 3, 4, 8, 12, 16, 24, 64, 128, 192, 256});
     const int64_t columns = (p.Sk + p.page_size - 1) / p.page_size;
     p.Sk = columns * p.page_size;
     *n_entries = p.Bk = p.B * columns + 2;
@@ -98,6 +98,9 @@ void Call::pack_sequences() {
 void Call::choose_lengths() {
     if (layout == PACKED)
         return;
+    if (layout == PAGED && one_in(4))
+        for (int64_t b = 0; b < p.B; b++)
+            pad_k.push_back((int32_t)between(0, p.Sk - used_k[(size_t)b]));
     if (layout != PAGED && one_in(3)) {
         if (one_in(3))
             add_lengths(pad_k, p.B, 0, p.Sk);
@@ -106,7 +109,7 @@ void Call::choose_lengths() {
     }
     if (one_in(4))
         add_lengths(used_q, p.B, 0, p.Sq);
-    if (layout != PAGED && !spill && one_in(4)) /* spilled, it would need one state more than the CPU has */
+    if (!spill && one_in(4)) /* spilled, it would need one state more than the CPU has */
         add_lengths(pos_k, p.B, 0, 1000);
 }
 

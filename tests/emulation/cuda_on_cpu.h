@@ -112,11 +112,8 @@ inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, v
 
 inline unsigned shared_address(const void *p) { return (unsigned)((const char *)p - shared_memory); }
 inline void cp_async16(void *to, const void *from, int bytes) { emulation::copy16(to, from, bytes); }
-inline void cp_async_commit() {}
-template <int PENDING> inline void cp_async_wait() {
-    static_assert(PENDING == 0);
-    emulation::wait_copies();
-}
+inline void cp_async_commit() { emulation::commit_copies(); }
+template <int PENDING> inline void cp_async_wait() { emulation::wait_copies(PENDING); }
 typedef uint64_t MemoryBarrier;
 inline void barrier_init(MemoryBarrier &barrier, int count) { emulation::barrier_init(barrier, count); }
 inline void barrier_arrive(MemoryBarrier &barrier) { emulation::barrier_arrive(barrier, 0); }
@@ -189,6 +186,7 @@ template <fad_dtype T> inline unsigned exponents_full(unsigned pair) {
 inline void fence_barrier_init() {}
 inline void barrier_arrive_expect(MemoryBarrier &barrier, int bytes) { emulation::barrier_arrive(barrier, bytes); }
 inline bool barrier_test(MemoryBarrier &barrier, unsigned parity) { return emulation::barrier_test(barrier, parity); }
+inline bool barrier_done(MemoryBarrier &barrier, unsigned parity) { return emulation::barrier_test(barrier, parity); }
 inline void fence_async_proxy() {}
 inline void prefetch_map(const CUtensorMap &) {}
 inline uint64_t keep_as_usual() { return 0; }

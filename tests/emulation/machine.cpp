@@ -28,7 +28,7 @@ asm(".text\n.globl emulation_switch\nemulation_switch:\n"
 struct Copy16 {
     void *to;
     const void *from;
-    int bytes;
+    int bytes, group;
 };
 struct Fiber {
     void *sp;
@@ -36,8 +36,9 @@ struct Fiber {
     bool done;
     std::string waits; /* for what; empty: it can go on */
     const uint64_t *barrier;
-    int named; /* barrier it waits at, else -1 */
-    std::vector<Copy16> copies;
+    int named;                  /* barrier it waits at, else -1 */
+    std::vector<Copy16> copies; /* in the order in which they were started */
+    int copy_group;             /* the open one */
 };
 struct Warp {
     int arrived;
@@ -201,18 +202,21 @@ static void run_copy16(const Copy16 &c) {
     memcpy(c.to, c.from, (size_t)c.bytes);
 }
 void copy16(void *to, const void *from, int bytes) {
-    const Copy16 c = {to, from, bytes};
+    const Copy16 c = {to, from, bytes, fibers[current].copy_group};
     if (options.copies == Timing::EARLY)
         run_copy16(c);
     else
         fibers[current].copies.push_back(c);
 }
-void wait_copies() {
+void commit_copies() { fibers[current].copy_group++; }
+void wait_copies(int groups) {
     if (one_in(2))
         yield();
-    for (const Copy16 &c : fibers[current].copies)
-        run_copy16(c);
-    fibers[current].copies.clear();
+    std::vector<Copy16> &copies = fibers[current].copies;
+    size_t done = 0;
+    for (; done < copies.size() && copies[done].group < fibers[current].copy_group - groups; done++)
+        run_copy16(copies[done]);
+    copies.erase(copies.begin(), copies.begin() + (long)done);
 }
 static int swizzled_address(int at) { return at ^ (at >> 7 & 7) << 4; }
 static void run_box(const BoxCopy &c) {

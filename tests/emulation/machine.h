@@ -52,7 +52,8 @@ void named_barrier(int id, int threads, bool arrive_only);
 
 /* cp.async of 16 bytes. */
 void copy16(void *to, const void *from, int bytes);
-void wait_copies();
+void commit_copies();
+void wait_copies(int groups);
 void copy_box(void *to, const CUtensorMap &map, uint64_t &barrier, int dim, int row, int head, int entry);
 
 /* A step of 16 rows a warp: d [16, 8 tiles] (+)= a [16, 16] b [16, 8 tiles]. */
