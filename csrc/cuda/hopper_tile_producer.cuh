@@ -64,12 +64,16 @@ template <class S> struct KeyProducer {
     HopperShared<S> &sm;
     const int warp; /* of those */
     const bool by_warp;
+    /* Few rows, whose splits are spilled, read K and V once or at the same time. What comes after them in the L2 cache is
+     * the code of this kernel, which they would drive out. Otherwise tiles of a head read the same one after the other. */
+    const uint64_t policy;
     PageCopier<ROWS, S::PIECES, BLOCK_KEYS> pages; /* if so */
     Ring ring, check;                              /* the next part of K or V, the next check */
 
     __device__ __forceinline__ KeyProducer(const fad_attn_problem &problem, const Work &work, const CUtensorMap &of_k,
                                            const CUtensorMap &of_v, HopperShared<S> &shared, int number)
-        : p(problem), k_map(of_k), v_map(of_v), sm(shared), warp(number), by_warp(work.keys_by_warp) {}
+        : p(problem), k_map(of_k), v_map(of_v), sm(shared), warp(number), by_warp(work.keys_by_warp),
+          policy(work.partials.o ? read_once() : keep_as_usual()) {}
 
     /* KeyCopier::run. */
     template <class Each> __device__ __forceinline__ void copy_item(const HopperItem &item, Each each) {
@@ -78,8 +82,8 @@ template <class S> struct KeyProducer {
         };
         if (by_warp)
             each([&](auto &&...slot) { copy(p.k, p.D, slot...); }, [&](auto &&...slot) { copy(p.v, p.Dv, slot...); });
-        else /* other tiles of the head read the same */
-            KeyCopier<ROWS, S::PIECES, BLOCK_KEYS>(p, item.t, item.range, keep_as_usual()).run(k_map, v_map, each);
+        else
+            KeyCopier<ROWS, S::PIECES, BLOCK_KEYS>(p, item.t, item.range, policy).run(k_map, v_map, each);
     }
     template <class Copy> __device__ __forceinline__ void next(Copy &copy, int block) {
 #pragma unroll
