@@ -146,8 +146,7 @@ def _arguments(
         k, v = k[:0], v[:0]  # nobody reads an entry; the ops would take the empty tensor for None
     if has_gradient and alibi_slopes is not None and torch.is_grad_enabled() and alibi_slopes.requires_grad:
         raise NotImplementedError(ops.NO_SLOPE_GRADIENT)
-    no_lengths = torch.empty(0, dtype=torch.int32, device=q.device)
-    per_head = torch.empty(0, dtype=ops.compute_dtype(q.dtype), device=q.device)
+    no_lengths, per_head = ops.absent(torch.int32, q), ops.absent(ops.compute_dtype(q.dtype), q)
     if cu_seqlens is None:
         batch = q.shape[0]
         cu_seqlens_q = cu_seqlens_k = no_lengths

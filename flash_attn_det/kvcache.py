@@ -13,11 +13,6 @@ from . import ops
 from .attention import _arguments, _check_same_device, _check_tensor, _lengths, _pages, _rows, _unpadded
 
 
-def _absent(x: Tensor) -> Tensor:
-    """What stands for an int32 tensor that is not given."""
-    return torch.empty(0, dtype=torch.int32, device=x.device)
-
-
 def _counts(name: str, n: Tensor | int | None, x: Tensor) -> Tensor | None:
     """int32 [B] from a tensor, or from one number for all sequences."""
     if n is None or isinstance(n, Tensor):
@@ -45,7 +40,7 @@ def _tables(cos: Tensor | None, sin: Tensor | None, x: Tensor) -> tuple[Tensor, 
     if (cos is None) != (sin is None):
         raise ValueError("only one of rotary_cos and rotary_sin is given, expected both or none")
     if cos is None:
-        return (torch.empty(0, dtype=ops.compute_dtype(x.dtype), device=x.device),) * 2
+        return (ops.absent(ops.compute_dtype(x.dtype), x),) * 2
     return _table("rotary_cos", cos, x, "k_cache"), _table("rotary_sin", sin, x, "k_cache")
 
 
@@ -79,7 +74,7 @@ def apply_rotary(
     if x.device.type not in ops.DEVICES:
         raise NotImplementedError(f"x is on {x.device}: flash_attn_det has kernels for cpu and cuda")
     x = _rows("x", x, x, 4)
-    offsets = _lengths("offsets", _counts("offsets", offsets, x), x, _absent(x), x.shape[0], "x")
+    offsets = _lengths("offsets", _counts("offsets", offsets, x), x, ops.absent(torch.int32, x), x.shape[0], "x")
     tables = _table("cos", cos, x, "x"), _table("sin", sin, x, "x")
     return ops.call(ops.rotate, x, *tables, offsets, bool(advance), bool(interleaved))
 
@@ -124,9 +119,9 @@ def append_kvcache(
         raise ValueError("cache_seqlens is None, expected the rows of the cache in use")
     ops.call(
         ops.append, k, v, k_cache, v_cache,
-        _lengths("cache_seqlens", used, k, _absent(k), k.shape[0], "k_cache"),
-        _lengths("cache_batch_idx", cache_batch_idx, k, _absent(k), k.shape[0], "k_cache"),
-        _pages(block_table, k, _absent(k), "k_cache"),
+        _lengths("cache_seqlens", used, k, ops.absent(torch.int32, k), k.shape[0], "k_cache"),
+        _lengths("cache_batch_idx", cache_batch_idx, k, ops.absent(torch.int32, k), k.shape[0], "k_cache"),
+        _pages(block_table, k, ops.absent(torch.int32, k), "k_cache"),
         *_tables(rotary_cos, rotary_sin, k), bool(rotary_interleaved),
     )  # fmt: skip
 

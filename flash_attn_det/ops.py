@@ -4,6 +4,7 @@ The kernels are C (csrc/torch/). An absent optional tensor is an empty one of on
 to torch 2.10 cannot pass None. Users call attention.py; the ops are what graphs contain.
 """
 
+import functools
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -56,12 +57,25 @@ def on_tensor_cores(q: Tensor, arithmetic: int) -> bool:
     return q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and arithmetic in _AUTO_AND_MMA
 
 
+def absent(dtype: torch.dtype, q: Tensor) -> Tensor:
+    """The empty tensor on q's device that stands for None."""
+    if torch.compiler.is_compiling() or type(q) is not Tensor:  # a graph's and a fake one's must be theirs
+        return torch.empty(0, dtype=dtype, device=q.device)
+    return _kept_absent(dtype, q.device)
+
+
+@functools.cache  # a call has two of them, which would take it a tenth of its time
+def _kept_absent(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it may be saved for a backward
+        return torch.empty(0, dtype=dtype, device=device)
+
+
 def for_tensor_cores(t: Tensor) -> Tensor:
     """t with rows that can be read 16 bytes at a time: a copy, its last dimension padded with zeros, unless it has."""
-    strides = [stride for stride, size in zip(t.stride()[:-1], t.shape[:-1], strict=True) if size > 1]
     offset = 0 if torch.compiler.is_compiling() else t.storage_offset()
-    if all(n % 8 == 0 for n in (t.shape[-1], offset, *strides)):
-        return t
+    if t.shape[-1] % 8 == 0 and offset % 8 == 0:
+        if all(stride % 8 == 0 or size <= 1 for stride, size in zip(t.stride()[:-1], t.shape[:-1], strict=True)):
+            return t
     return torch.nn.functional.pad(t, (0, -t.shape[-1] % 8)).clone(memory_format=torch.contiguous_format)
 
 
@@ -133,7 +147,7 @@ def _fwd_backward(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor
     gradients: list[Tensor | None] = [None] * (N_TENSORS + _N_NUMBERS)
     if dout is not None or dlse is not None:
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
-        dlse = lse.new_empty(0) if dlse is None else dlse
+        dlse = absent(lse.dtype, lse) if dlse is None else dlse
         if on_tensor_cores(out, ctx.numbers[-1]):  # hooks of saved tensors may have moved them
             if torch.compiler.is_compiling():
                 dout = dout.clone()  # the only one that may start anywhere: its offset is not seen there
