@@ -18,6 +18,7 @@ CSRC = HERE.parents[1] / "csrc"
 LIBRARY = Path(flash_attn_det.__file__).parent / "lib" / "libflash_attn_det.so"
 CONSUMER, OUTPUT = "cuda/hopper_tile_consumer.cuh", "cuda/mma_output.cuh"
 PRODUCER, SOFTMAX = "cuda/hopper_tile_producer.cuh", "cuda/mma_softmax.cuh"
+PAGES = "cuda/hopper_tile_pages.cuh"
 CALLS, SECONDS = 60, 300
 
 pytestmark = [
@@ -86,7 +87,14 @@ MISTAKES = {
         "",
         "128",
     ),
-    "the next item's first keys never copied": (PRODUCER, "first_keys(wait_for_item(sm, next_slot));", "{}", "64"),
+    "the next item's first keys never copied": (PRODUCER, "first_keys(next_item(next_slot));", "{}", "64"),
+    "keys in pages used before they are there": (PAGES, "cp_async_wait<PENDING>();", "", "64"),
+    "slots overwritten by keys in pages": (
+        PAGES,
+        "if (!__all_sync(~0u, barrier_done(empty, round)))",
+        "if (false)",
+        "128",
+    ),
 }
 
 

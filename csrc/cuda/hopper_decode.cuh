@@ -6,16 +6,16 @@
 #include "mma_decode.cuh"
 
 template <class S>
-__global__ void __launch_bounds__(DECODE_THREADS, S::RESIDENT)
+__global__ void __launch_bounds__(S::THREADS, S::RESIDENT)
     hopper_decode_kernel(const __grid_constant__ fad_attn_problem p, const __grid_constant__ Work work,
                          const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map) {
     mma_decode<S>(p, work, &k_map, &v_map);
 }
 
 template <class S> static HopperKernel hopper_decode_of() {
-    return {{DECODE_ROWS, S::D, DECODE_THREADS, false, sizeof(MmaDecodeShared<S>), 0, nullptr},
+    return {{DECODE_ROWS, S::D, S::THREADS, false, sizeof(MmaDecodeShared<S>), 0, nullptr},
             SLOT_KEYS,
-            8,
+            16,
             false,
             hopper_decode_kernel<S>};
 }

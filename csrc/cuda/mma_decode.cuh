@@ -27,7 +27,7 @@ static __device__ __forceinline__ void consume(const fad_attn_problem &p, MmaDec
 
 template <class S> static __device__ __forceinline__ void init_barriers(MmaDecodeShared<S> &sm) {
     for (int i = 0; i < S::SLOTS; i++) {
-        barrier_init(sm.full[i], S::ENGINE ? 1 : 32);
+        barrier_init(sm.full[i], S::ENGINE ? 1 : S::SLOT_COPIERS * 32);
         barrier_init(sm.empty[i], ROLE_WARPS);
     }
     if constexpr (S::ENGINE)
@@ -55,21 +55,20 @@ static __device__ __forceinline__ void mma_decode(const fad_attn_problem &p, con
     if (sm.range.blocks == 0)
         return;
     MmaDecodeProducer<S> producer = {p, sm, {}};
-    const int warp = (int)(threadIdx.x - DECODE_CONSUMERS) / 32;
     if constexpr (!S::ENGINE)
-        producer.copy_by_warp(warp);
-    else if (warp == 0)
+        producer.copy_by_warp((int)(threadIdx.x - DECODE_CONSUMERS) / 32);
+    else
         producer.copy_by_engine(*k_map, *v_map);
 }
 
 template <class S>
-__global__ void __launch_bounds__(DECODE_THREADS, S::RESIDENT)
+__global__ void __launch_bounds__(S::THREADS, S::RESIDENT)
     mma_decode_kernel(const __grid_constant__ fad_attn_problem p, const __grid_constant__ Work work) {
     mma_decode<S>(p, work, nullptr, nullptr);
 }
 
 template <class S> static MmaKernel mma_decode_of() {
-    return {DECODE_ROWS, S::D, DECODE_THREADS, false, sizeof(MmaDecodeShared<S>), 0, mma_decode_kernel<S>};
+    return {DECODE_ROWS, S::D, S::THREADS, false, sizeof(MmaDecodeShared<S>), 0, mma_decode_kernel<S>};
 }
 
 #endif

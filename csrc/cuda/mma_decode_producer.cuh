@@ -1,5 +1,5 @@
 /* The warps of the split-KV kernel that keep K and V coming: K of the next block, then V of this one. The copy engine needs
- * one of them; without it each copies a slot of every block. */
+ * one of them; without it each copies some keys of every block. */
 #ifndef FAD_CUDA_MMA_DECODE_PRODUCER_CUH
 #define FAD_CUDA_MMA_DECODE_PRODUCER_CUH
 
@@ -7,6 +7,7 @@
 #include "mma_decode_shared.cuh"
 
 template <class S> struct MmaDecodeProducer {
+    static constexpr int ROWS = SLOT_KEYS / (S::ENGINE ? 1 : S::SLOT_COPIERS); /* of a slot */
     const fad_attn_problem &p;
     MmaDecodeShared<S> &sm;
     Ring ring;
@@ -23,13 +24,14 @@ template <class S> struct MmaDecodeProducer {
         }
     }
 
-    /* By this warp, one of PRODUCER_WARPS. Keys outside the range become zeros. */
+    /* By this warp, one of COPIERS. Keys outside the range become zeros. */
     __device__ __forceinline__ void copy_by_warp(int warp) {
-        static_assert(PRODUCER_WARPS == BLOCK_SLOTS && (S::ENGINE || S::SLOTS % PRODUCER_WARPS == 0),
+        static_assert(S::COPIERS % BLOCK_SLOTS == 0 && S::SLOTS % BLOCK_SLOTS == 0,
                       "a warp always has the same slots of the ring, and misses no round of them");
         const Keys k(p.k, sm.t.seq.k, sm.t, sm.range.first, p.D), v(p.v, sm.t.seq.v, sm.t, sm.range.first, p.Dv);
+        const int nth = warp / S::SLOT_COPIERS, first = warp % S::SLOT_COPIERS * ROWS; /* slot of a block, row of it */
         auto slot = [&](int key, auto copy) {
-            if (key / SLOT_KEYS % PRODUCER_WARPS == warp) {
+            if (key / SLOT_KEYS % BLOCK_SLOTS == nth) {
                 barrier_wait(sm.empty[ring.index], ring.round ^ 1);
                 copy(sm.ring[ring.index]);
                 barrier_arrive_copied(sm.full[ring.index]);
@@ -38,41 +40,42 @@ template <class S> struct MmaDecodeProducer {
         };
         if (p.block_table) {
             Found of_k, of_v;
-            find(of_k, k, warp * SLOT_KEYS);
-            find(of_v, v, warp * SLOT_KEYS);
-            run([&](int key) { slot(key, [&](char *to) { copy_pages(to, k, of_k, key); }); },
-                [&](int key) { slot(key, [&](char *to) { copy_pages(to, v, of_v, key); }); });
+            find(of_k, k, nth * SLOT_KEYS + first);
+            find(of_v, v, nth * SLOT_KEYS + first);
+            run([&](int key) { slot(key, [&](char *to) { copy_pages(to, k, of_k, key, first); }); },
+                [&](int key) { slot(key, [&](char *to) { copy_pages(to, v, of_v, key, first); }); });
         } else {
-            run([&](int key) { slot(key, [&](char *to) { copy_rows(to, k, key); }); },
-                [&](int key) { slot(key, [&](char *to) { copy_rows(to, v, key); }); });
+            run([&](int key) { slot(key, [&](char *to) { copy_rows(to, k, key, first); }); },
+                [&](int key) { slot(key, [&](char *to) { copy_rows(to, v, key, first); }); });
         }
         cp_async_wait<0>();
     }
-    __device__ __forceinline__ void copy_rows(char *to, const Keys &from, int key) const {
+    /* Rows `first` on of the slot that begins with this key: */
+    __device__ __forceinline__ void copy_rows(char *to, const Keys &from, int key, int first) const {
 #pragma unroll 1
         for (int piece = 0; piece < S::D / 64; piece++)
-            from.template load<SLOT_KEYS, 8, 32>(to + piece * SLOT_KEYS * 128, key, sm.range.lo, sm.range.hi,
-                                                 piece * 64, threadIdx.x % 32);
+            from.template load<ROWS, 8, 32>(to + (piece * SLOT_KEYS + first) * 128, key + first, sm.range.lo,
+                                            sm.range.hi, piece * 64, threadIdx.x % 32);
     }
 
-    /* Where the keys of a slot lie, key + i * 32 + lane in each lane. */
-    typedef KeyPlace Found[SLOT_KEYS / 32];
+    /* and in pages of any size; where keys lie, key + i * 32 + lane in each lane. */
+    typedef KeyPlace Found[ROWS / 32];
     __device__ __forceinline__ void find(Found &found, const Keys &keys, int key) const {
 #pragma unroll
-        for (int i = 0; i < SLOT_KEYS / 32; i++)
+        for (int i = 0; i < ROWS / 32; i++)
             found[i] = keys.find(key + i * 32 + (int)threadIdx.x % 32, sm.range.lo, sm.range.hi);
     }
-    /* Keys in pages of any size. The pages of the warp's next slot are asked for, because memory is late. */
-    __device__ __forceinline__ void copy_pages(char *to, const Keys &from, Found &found, int key) const {
-        KeyPlace of_slot[SLOT_KEYS / 32];
+    /* The pages of the warp's next slot are asked for, because memory is late. */
+    __device__ __forceinline__ void copy_pages(char *to, const Keys &from, Found &found, int key, int first) const {
+        KeyPlace of_slot[ROWS / 32];
 #pragma unroll
-        for (int i = 0; i < SLOT_KEYS / 32; i++)
+        for (int i = 0; i < ROWS / 32; i++)
             of_slot[i] = found[i];
-        find(found, from, key + BLOCK_KEYS);
+        find(found, from, key + first + BLOCK_KEYS);
 #pragma unroll
-        for (int i = 0; i < SLOT_KEYS / 32; i++)
-            from.template copy_found<SLOT_KEYS, S::D / 64, 8>(to, of_slot[i], key + i * 32, sm.range.lo, sm.range.hi,
-                                                              i * 32, 0);
+        for (int i = 0; i < ROWS / 32; i++)
+            from.template copy_found<SLOT_KEYS, S::D / 64, 8>(to, of_slot[i], key + first + i * 32, sm.range.lo,
+                                                              sm.range.hi, first + i * 32, 0);
     }
 
     __device__ __forceinline__ void copy_by_engine(const CUtensorMap &k_map, const CUtensorMap &v_map) {

@@ -10,17 +10,20 @@
 #include "work.cuh"
 
 constexpr int ROLE_WARPS = 4, ROLE_THREADS = ROLE_WARPS * 32; /* score warps; then as many value warps */
-constexpr int PRODUCER_WARPS = 2;
-constexpr int DECODE_CONSUMERS = 2 * ROLE_THREADS, DECODE_THREADS = DECODE_CONSUMERS + PRODUCER_WARPS * 32;
+constexpr int DECODE_CONSUMERS = 2 * ROLE_THREADS;
 constexpr int WARP_UNITS = BLOCK_UNITS / ROLE_WARPS;           /* a score warp's */
 constexpr int SLOT_WARPS = SLOT_KEYS / UNIT_KEYS / WARP_UNITS; /* score warps that read one slot of K */
 
-/* RESIDENT: thread blocks of a multiprocessor, one's start and end beside the other's work. */
-template <fad_dtype T_, int D_, int SLOTS_, int RESIDENT_, bool ENGINE_> struct MmaDecodeShape {
+/* RESIDENT: thread blocks of a multiprocessor, one's start and end beside the other's work. COPIERS: warps that copy K and
+ * V; 0: the copy engine does, and one warp tells it what. */
+template <fad_dtype T_, int D_, int SLOTS_, int RESIDENT_, int COPIERS_> struct MmaDecodeShape {
     static constexpr fad_dtype T = T_;
     static constexpr int D = D_; /* of q, k and v, zero-padded */
     static constexpr int SLOTS = SLOTS_, RESIDENT = RESIDENT_;
-    static constexpr bool ENGINE = ENGINE_;        /* K and V come by the copy engine */
+    static constexpr int COPIERS = COPIERS_;
+    static constexpr bool ENGINE = COPIERS == 0;
+    static constexpr int THREADS = DECODE_CONSUMERS + (ENGINE ? 1 : COPIERS) * 32;
+    static constexpr int SLOT_COPIERS = COPIERS / BLOCK_SLOTS; /* of a slot */
     static constexpr int CHUNKS = D / 8;           /* of 16 bytes, in a row of q */
     static constexpr int SLOT = SLOT_KEYS * D * 2; /* bytes */
     static constexpr int N = D / 8 / ROLE_WARPS;   /* n8 tiles of O that are a value warp's */
