@@ -8,6 +8,7 @@ import torch
 from cases import normal
 from cuda_schedules import assert_same_in_every_schedule, every_schedule
 from cuda_tools import (
+    SPLIT,
     assert_noticed,
     assert_same,
     attention,
@@ -134,6 +135,20 @@ def test_n10_scores_of_minus_infinity(dtype):
     for name, (out, lse) in every_schedule(q, k, v):
         assert_bits_equal(out, torch.zeros_like(out), name)
         assert (lse == -math.inf).all()
+
+
+@pytest.mark.parametrize("size", [2.0**-120, 2.0**-65, 1.0, 2.0**65], ids=["tiny", "small", "ordinary", "large"])
+@pytest.mark.parametrize("step", [0, 9, 15, 40])
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_n8_references_and_values_of_any_size(D, step, size):
+    """Splits whose references lie up to two steps above or below the first one's."""
+    q, k, v = tensors(B=1, Sq=150, Sk=5 * SPLIT, Hq=2, Hk=1, D=D)
+    q[..., 0], k[..., 0] = 1, torch.tensor([0.0, 1, -1, 2, -2]).repeat_interleave(SPLIT)[:, None] * step
+    q, k, v = (x.to(torch.bfloat16).cuda() for x in (q, k, v * size))
+    keywords = {"scale": math.log(2)}  # a step of k[..., 0] is one of the reference
+    assert_same_in_every_schedule(q, k, v, **keywords)
+    if step == 0:  # otherwise one split may be all that counts
+        assert_noticed(q, k, v, **keywords)
 
 
 @every_16_bit_dtype

@@ -94,12 +94,12 @@ static fad_status count_resident(const Plan &plan, int *resident) {
     return FAD_OK;
 }
 
-/* How many consecutive splits a thread block should take so that all of them together fill the device about once: every
- * one has a start and an end to pay for. More waves only where a single one would leave much of the device idle. */
-static int64_t split_run(const Plan &plan) {
+/* How many consecutive splits a thread block should take so that all of them together fill the device `least` times or a
+ * little more often, if that leaves less of it idle. */
+static int64_t split_run(const Plan &plan, int least) {
     int64_t best = 1;
     double best_use = 0;
-    for (int waves = 1; waves <= 3 && plan.n_tiles > 0 && plan.n_splits > 0; waves++) {
+    for (int waves = least; waves < least + 3 && plan.n_tiles > 0 && plan.n_splits > 0; waves++) {
         const int64_t runs = fad_clamp(waves * plan.resident / plan.n_tiles, 1, plan.n_splits);
         const int64_t length = (plan.n_splits + runs - 1) / runs,
                       items = plan.n_tiles * ((plan.n_splits + length - 1) / length);
@@ -109,6 +109,14 @@ static int64_t split_run(const Plan &plan) {
             best = length, best_use = use;
     }
     return best;
+}
+/* Every run of splits has a start and an end to pay for, so that one wave would do. But where there are several thread
+ * blocks on a multiprocessor, and states are spilled anyway, they hide them from each other, and short runs end together. */
+static int64_t choose_run(const Plan &plan) {
+    constexpr int WAVES = 4;
+    const int64_t run = split_run(plan, 1);
+    const bool many = plan.n_tiles * plan.n_splits > (int64_t)(WAVES - 1) * plan.resident;
+    return many && run < plan.n_splits && !plan.kernel->persistent ? split_run(plan, WAVES) : run;
 }
 
 static int64_t runs_of(const Plan &plan, int64_t n_splits) {
@@ -135,7 +143,7 @@ static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
                               (long long)p->D, (long long)p->Dv);
     TRY(count_resident(*plan, &plan->resident));
     plan->n_tiles = tile_bound(*p, plan->kernel->rows);
-    plan->item_splits = plan->kernel->ranks > 1 ? 1 : split_run(*plan);
+    plan->item_splits = plan->kernel->ranks > 1 ? 1 : choose_run(*plan);
     /* Spilling pays where tiles alone leave multiprocessors idle. */
     const bool pays = plan->item_splits < plan->n_splits || fad_core->forced_schedule()->split_parallel == 2;
     plan->spill = may_spill(p, *plan) && pays;
