@@ -160,25 +160,32 @@ template <class S> struct KeyProducer {
     }
 };
 
-/* Each item's rows of q, as soon as the consumers have read those that lay there before. By one warp: a lane copies one
- * chunk of every STEPth row. */
+/* Each item's rows of q, as soon as the consumers have read those that lay there before. By one warp: four lanes copy a row,
+ * each every fourth chunk of it, because finding where to copy from takes longer than to copy. */
 template <class S>
 static __device__ __forceinline__ void produce_queries(const fad_attn_problem &p, HopperShared<S> &sm) {
-    constexpr int STEP = 32 / S::N;
-    const int lane = threadIdx.x % 32, chunk = lane % S::N, first = lane / S::N;
+    constexpr int LANES = 4, STEP = 32 / LANES;
+    static_assert(STEP == 8, "a lane's rows are swizzled alike");
+    int lane = threadIdx.x % 32;
+    asm volatile("" : "+r"(lane)); /* or its register is read again for every copy */
+    const int chunk = lane % LANES, first = lane / LANES, column = (chunk ^ first) * 16;
     Ring slot, buffer;
     while (const HopperItem *const item = wait_for_item(sm, slot)) {
         const Tile &t = item->t;
         RowWalk<STEP> walk(p.q, t.seq.q + chunk * 8, t, first);
-        const int n_active = chunk * 8 < p.D ? t.n_active : 0;
+        const int n_active = t.n_active, dims = (int)p.D - chunk * 8; /* from the lane's first chunk on */
         barrier_wait(sm.q_empty[buffer.index], buffer.round ^ 1);
-        char *to = sm.q[buffer.index][0] + chunk / 8 * S::Q_BOX;
+        char *to = sm.q[buffer.index][0] + first * 128;
 #pragma unroll 1
-        for (int tile = 0; tile < S::ROWS; tile += GROUP_ROWS, to += S::Q_TILE)
-#pragma unroll 8
-            for (int r = first; r < first + GROUP_ROWS; r += STEP, walk.advance())
-                cp_async16(to + swizzled<8>(r, chunk % 8), (const char *)p.q.data + walk.at,
-                           tile + r < n_active ? 16 : 0);
+        for (int tile = first; tile < S::ROWS; tile += GROUP_ROWS, to += S::Q_TILE)
+#pragma unroll 2
+            for (int r = 0; r < GROUP_ROWS; r += STEP, walk.advance()) {
+                const char *const from = (const char *)p.q.data + walk.at;
+#pragma unroll
+                for (int c = 0; c < S::N; c += LANES)
+                    cp_async16(to + c / 8 * S::Q_BOX + r * 128 + (column ^ c % 8 * 16), from + c * 16,
+                               tile + r < n_active && c * 8 < dims ? 16 : 0);
+            }
         cp_async_commit();
         cp_async_wait<0>();
         fence_async_proxy();
