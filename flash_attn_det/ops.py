@@ -57,11 +57,26 @@ def on_tensor_cores(q: Tensor, arithmetic: int) -> bool:
     return q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and arithmetic in _AUTO_AND_MMA
 
 
+def _is_ordinary(*tensors: Tensor) -> bool:
+    """Whether nothing but autograd stands between a call with these and the kernels: no mode, transform, tracer or
+    subclass, of which some take other tensors for these, or hide behind them that one requires grad."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._len_torch_dispatch_stack()
+    ) and all(type(t) in _ORDINARY for t in tensors)
+
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+
 def absent(dtype: torch.dtype, q: Tensor) -> Tensor:
     """The empty tensor on q's device that stands for None."""
-    if torch.compiler.is_compiling() or type(q) is not Tensor:  # a graph's and a fake one's must be theirs
-        return torch.empty(0, dtype=dtype, device=q.device)
-    return _kept_absent(dtype, q.device)
+    if _is_ordinary(q):
+        return _kept_absent(dtype, q.device)
+    return torch.empty(0, dtype=dtype, device=q.device)
 
 
 @functools.cache  # a call has two of them, which would take it a tenth of its time
@@ -179,15 +194,18 @@ class _Forward(torch.autograd.Function):
 
 
 def _below_autograd(op, arguments: tuple):
-    """op, without what register_autograd puts before it, which does nothing here but take 10 microseconds."""
+    """op, without what register_autograd puts before it: 10 microseconds, and nothing if no gradient is needed."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 
 
 def _run(op, arguments: tuple):
-    """op(*arguments), gradients included."""
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in arguments if isinstance(t, Tensor)):
-        return _below_autograd(op, arguments) if op in (fwd, bwd) else op(*arguments)
+    """op(*arguments), by the short way where there is one."""
+    tensors = [t for t in arguments if isinstance(t, Tensor)]
+    if op not in (fwd, bwd) or not _is_ordinary(*tensors):
+        return op(*arguments)
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+        return _below_autograd(op, arguments)
     return _Forward.apply(*arguments) if op is fwd else op(*arguments)
 
 

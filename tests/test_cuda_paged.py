@@ -34,7 +34,7 @@ SPLIT = 2 * fad.contract()["MMA_BLOCK_KV"]
 PAGE_SIZES = (1, 3, 8, 16, 64, 256)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-# Hopper's kernels read pages of eight rows and more; for others a schedule that asks for them gets the generic ones.
+# Hopper's decode kernel reads pages of 16 rows and more; for others a schedule that asks for it gets the generic one.
 SCHEDULES = {
     f"{kernel} {rows or 'auto'} {'spilled' if split_parallel else 'folded'}": {
         "kernel": kernel,
@@ -121,6 +121,26 @@ def test_n1_capacity_and_order_of_pages_do_not_matter(dtype):
     exchanged[0, [0, 9]] = pages.block_table[0, [9, 0]]
     other = cached(q, pages._replace(block_table=exchanged), LENGTHS, causal=True, **slopes)
     assert differing(other, expected) > 0
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [1, 20, 24])
+def test_n1_more_tiles_than_thread_blocks(page_size, D):
+    """A thread block of the Hopper tile kernel takes several: keys of the next come while those of the last are met."""
+    q, k, v = tensors(B=3, Sq=700, Sk=900, Hq=32, Hk=16, D=D, dtype=torch.bfloat16)
+    rows, on_gpu = (900, 513, 777), q.cuda()
+    pages = in_pages(k, v, page_size, rows)
+    for pads, keywords in (
+        ((0, 0, 0), {}),
+        ((3, 130, 77), {}),
+        ((0, 0, 0), {"window": (300, -1), "k_pos": int32(5, 0, 1000)}),
+    ):
+        keywords = {"causal": True, **keywords, **({"leftpad_k": int32(*pads)} if any(pads) else {})}
+        keys = int32(*(n - pad for n, pad in zip(rows, pads)))
+        expected = attention(*moved((q, k, v)), seqused_k=keys.cuda(), **moved(keywords))
+        with poisoned():
+            assert_same(cached(on_gpu, pages, rows, **keywords), expected, f"{pads}, {list(keywords)}")
+    assert_noticed(*moved((q, k, v)), causal=True)
 
 
 @every_dtype

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 import flash_attn_det as fad
 from flash_attn_det import ops
@@ -230,6 +231,42 @@ def test_parameters_work_without_grad():
         got = fad.attn(torch.nn.Parameter(q), k, v)
     assert not got.requires_grad
     assert_bits_equal(got, fad.attn(q, k, v))
+
+
+def test_gradients_reach_what_a_transform_wraps():
+    """The short way past torch.library's autograd is not for tensors that hide one that requires grad."""
+    q, k, v = dense()
+    q, slices = (torch.stack([q, q + 1]).requires_grad_() for _ in range(2))
+    torch.vmap(lambda x: fad.attn(x, k, v, causal=True))(q).square().sum().backward()
+    for x in slices:
+        fad.attn(x, k, v, causal=True).square().sum().backward()
+    assert_bits_equal(q.grad, slices.grad)
+    assert q.grad.any()
+
+
+def test_gradients_reach_what_a_function_mode_puts_in_place():
+    class Replaced(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), keywords=None):
+            if function is ops.fwd:
+                arguments = (other, *arguments[1:])
+            return function(*arguments, **(keywords or {}))
+
+    q, k, v = dense()
+    other = (q + 1).requires_grad_()
+    with Replaced():
+        out = fad.attn(q, k, v)
+    out.sum().backward()
+    assert other.grad.any()
+
+
+def test_a_call_under_a_mode_leaves_nothing_behind():
+    """Tensors that stand for None are kept: those that a mode has made must not be."""
+    q, k, v = dense()
+    want = fad.attn(q, k, v)
+    ops._kept_absent.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fad.attn(q, k, v)
+    assert_bits_equal(fad.attn(q, k, v), want)
 
 
 def test_partials_say_that_they_have_no_backward():

@@ -10,7 +10,7 @@ struct HopperKernel {
     MmaKernel shape; /* without run */
     int box_keys;    /* copied at a time, */
     int least_box;   /* and fewer where pages are small, but no fewer than this: other copies are faster then */
-    bool copies;     /* what the copy engine does not, a warp of the kernel */
+    bool copies;     /* what the copy engine does not, warps of the kernel */
     void (*run)(fad_attn_problem, Work, CUtensorMap k, CUtensorMap v);
 };
 
@@ -33,7 +33,7 @@ FAD_FN bool pages_by_engine(const fad_attn_problem &p, const HopperKernel &kerne
 
 /* The kernel for a call's head dims and this many rows of a sequence. */
 const HopperKernel *find_hopper_kernel(const fad_attn_problem *p, int64_t rows);
-/* K and V for the copy engine; false: it cannot address them, and the generic kernels have to serve. */
+/* K and V for the copy engine; false: it cannot address them. */
 bool describe_keys(const fad_attn_problem *p, const HopperKernel &kernel, CUtensorMap *k, CUtensorMap *v);
 
 #endif

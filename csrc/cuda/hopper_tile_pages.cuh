@@ -1,4 +1,4 @@
-/* Keys and values in pages that the copy engine would have to fetch in too many boxes: the producing warps copy them. */
+/* Keys and values in pages that the copy engine does not serve: the producing warps copy them. */
 #ifndef FAD_CUDA_HOPPER_TILE_PAGES_CUH
 #define FAD_CUDA_HOPPER_TILE_PAGES_CUH
 

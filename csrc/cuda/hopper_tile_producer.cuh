@@ -63,17 +63,17 @@ template <class S> struct KeyProducer {
     const CUtensorMap &k_map, &v_map;
     HopperShared<S> &sm;
     const int warp; /* of those */
-    const bool by_warp;
-    /* Few rows, whose splits are spilled, read K and V once or at the same time. What comes after them in the L2 cache is
-     * the code of this kernel, which they would drive out. Otherwise tiles of a head read the same one after the other. */
+    /* The copy engine's: where splits are spilled, there are few rows, which read K and V once or at the same time, and would
+     * drive the code of this kernel out of the L2 cache. Otherwise tiles of a head read the same one after the other. */
     const uint64_t policy;
+    const bool by_warp;
     PageCopier<ROWS, S::PIECES, BLOCK_KEYS> pages; /* if so */
     Ring ring, check;                              /* the next part of K or V, the next check */
 
     __device__ __forceinline__ KeyProducer(const fad_attn_problem &problem, const Work &work, const CUtensorMap &of_k,
                                            const CUtensorMap &of_v, HopperShared<S> &shared, int number)
-        : p(problem), k_map(of_k), v_map(of_v), sm(shared), warp(number), by_warp(work.keys_by_warp),
-          policy(work.partials.o ? read_once() : keep_as_usual()) {}
+        : p(problem), k_map(of_k), v_map(of_v), sm(shared), warp(number),
+          policy(work.partials.o ? read_once() : keep_as_usual()), by_warp(work.keys_by_warp) {}
 
     /* KeyCopier::run. */
     template <class Each> __device__ __forceinline__ void copy_item(const HopperItem &item, Each each) {

@@ -115,8 +115,9 @@ static int64_t split_run(const Plan &plan, int least) {
 static int64_t choose_run(const Plan &plan) {
     constexpr int WAVES = 4;
     const int64_t run = split_run(plan, 1);
-    const bool many = plan.n_tiles * plan.n_splits > (int64_t)(WAVES - 1) * plan.resident;
-    return many && run < plan.n_splits && !plan.kernel->persistent ? split_run(plan, WAVES) : run;
+    const bool many = plan.n_tiles * plan.n_splits > (int64_t)(WAVES - 1) * plan.resident,
+               several = plan.resident > plan.device.multiprocessors && !plan.kernel->persistent;
+    return many && several && run < plan.n_splits ? split_run(plan, WAVES) : run;
 }
 
 static int64_t runs_of(const Plan &plan, int64_t n_splits) {

@@ -22,7 +22,7 @@ import flash_attn_det as fad
 from flash_attn_det import _schedule
 
 HEAD_DIMS = (64, 128, 256)
-PAGE_SIZES = (1, 8, 20)
+PAGE_SIZES = (1, 8, 16, 20)
 OPTIONS = ({}, {"causal": True}, {"causal": True, "softcap": 5.0, "window": (100, -1)})
 SPLIT = 256
 
