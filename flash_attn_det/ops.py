@@ -88,9 +88,9 @@ def _kept_absent(dtype: torch.dtype, device: torch.device) -> Tensor:
 def for_tensor_cores(t: Tensor) -> Tensor:
     """t with rows that can be read 16 bytes at a time: a copy, its last dimension padded with zeros, unless it has."""
     offset = 0 if torch.compiler.is_compiling() else t.storage_offset()
-    if t.shape[-1] % 8 == 0 and offset % 8 == 0:
-        if all(stride % 8 == 0 or size <= 1 for stride, size in zip(t.stride()[:-1], t.shape[:-1], strict=True)):
-            return t
+    rows = zip(t.stride()[:-1], t.shape[:-1], strict=True)
+    if t.shape[-1] % 8 == 0 and offset % 8 == 0 and all(stride % 8 == 0 or size <= 1 for stride, size in rows):
+        return t
     return torch.nn.functional.pad(t, (0, -t.shape[-1] % 8)).clone(memory_format=torch.contiguous_format)
 
 
