@@ -24,9 +24,9 @@ template <fad_dtype T_, int D_, int SLOTS_, int RESIDENT_, int COPIERS_> struct 
     static constexpr bool ENGINE = COPIERS == 0;
     static constexpr int THREADS = DECODE_CONSUMERS + (ENGINE ? 1 : COPIERS) * 32;
     static constexpr int SLOT_COPIERS = COPIERS / BLOCK_SLOTS; /* of a slot */
-    static constexpr int CHUNKS = D / 8;           /* of 16 bytes, in a row of q */
-    static constexpr int SLOT = SLOT_KEYS * D * 2; /* bytes */
-    static constexpr int N = D / 8 / ROLE_WARPS;   /* n8 tiles of O that are a value warp's */
+    static constexpr int CHUNKS = D / 8;                       /* of 16 bytes, in a row of q */
+    static constexpr int SLOT = SLOT_KEYS * D * 2;             /* bytes */
+    static constexpr int N = D / 8 / ROLE_WARPS;               /* n8 tiles of O that are a value warp's */
     /* A score warp waits for one of a block's slots only. What was in that slot before must have been there for certain,
      * or the warp could take one round of the slot for another: it is older than V of the block before, with which value
      * warps may not have begun. */
