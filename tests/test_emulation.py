@@ -108,6 +108,6 @@ def test_mistakes_are_noticed(tmp_path, whole, mistake):
     text = (csrc / name).read_text()
     assert text.count(line) == 1
     (csrc / name).write_text(text.replace(line, changed))
-    done = run(built(tmp_path / "build", csrc), CALLS, dims)
+    done = run(built(tmp_path / "build", csrc), CALLS, dims, "1")
     assert done.returncode != 0
     assert re.search(r"^[1-9]\d* of \d+ calls failed$", done.stdout, re.MULTILINE) or done.returncode < 0

@@ -1,10 +1,11 @@
 /* Random calls on the emulated Hopper tile kernel, compared bit by bit with the CPU's emulation of compute capability 9.0:
- * fuzz FIRST COUNT [DIMS], calls FIRST .. FIRST + COUNT - 1, DIMS those of the kernel. */
+ * fuzz FIRST COUNT [DIMS [FAILURES]], calls FIRST .. FIRST + COUNT - 1, DIMS those of the kernel, up to so many failures. */
 #include "calls.h"
 #include "tile.h"
 
 #include "core/sequence.h"
 
+#include <climits>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -99,14 +100,14 @@ static std::string run_call(Call &call, uint64_t seed) {
 
 int main(int argc, char **argv) {
     if (argc < 3) {
-        fprintf(stderr, "usage: %s FIRST COUNT [DIMS]\n", argv[0]);
+        fprintf(stderr, "usage: %s FIRST COUNT [DIMS [FAILURES]]\n", argv[0]);
         return 2;
     }
     const uint64_t first = strtoull(argv[1], nullptr, 10), n = strtoull(argv[2], nullptr, 10);
-    const int dims = argc > 3 ? atoi(argv[3]) : 0;
+    const int dims = argc > 3 ? atoi(argv[3]) : 0, most = argc > 4 ? atoi(argv[4]) : INT_MAX;
     std::map<std::string, int> of_kind;
     int failed = 0;
-    for (uint64_t seed = first; seed < first + n; seed++) {
+    for (uint64_t seed = first; seed < first + n && failed < most; seed++) {
         Call call(seed, dims);
         const std::string result = run_call(call, seed);
         of_kind[std::to_string(call.dims) + (call.p.dtype == FAD_BFLOAT16 ? " bf16" : " fp16") +
