@@ -37,8 +37,8 @@ struct HopperItem {
     bool exists; /* false: there is no further one */
 };
 
-constexpr int ITEMS = 3; /* the one in work, the next, and the one after it */
-constexpr int KEY_WARPS = 2;
+constexpr int ITEMS = 3;     /* the one in work, the next, and the one after it */
+constexpr int KEY_WARPS = 2; /* keep K and V coming */
 
 /* A warp's 16 rows by N n8 tiles of O at rest in shared memory, as its lanes hold them. */
 template <int N> using RestTile = float4[N][32];
