@@ -221,8 +221,7 @@ typedef struct fad_schedule {
     int32_t split_parallel; /* 0: auto, 1: never (splits folded in place), 2: always (partials in the workspace).
                                Backward: CPU. 1: all gradients in one pass over the keys, 2: dk and dv, then dq */
     int32_t kernel;         /* CUDA, mma family. 0: auto, 1: generic, 2: Hopper's, and generic where it cannot run,
-                               3: Hopper's for few rows whose clusters share a split, and 2 where it cannot run.
-                               Backward: auto is generic, until a GPU has run Hopper's */
+                               3: Hopper's for few rows whose clusters share a split, and 2 where it cannot run */
 } fad_schedule;
 FAD_API fad_status fad_force_schedule(const fad_schedule *schedule); /* null: back to automatic */
 

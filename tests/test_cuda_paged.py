@@ -94,6 +94,20 @@ def test_n1_pages_are_the_same_keys_in_one_buffer(page_size, D, dtype):
             assert_same(varlen(q, pages, LENGTHS, causal=True), expected, f"packed q, {name}")
 
 
+@pytest.mark.parametrize("D", [64, 256])
+@pytest.mark.parametrize("page_size", [8, 48, 64])
+def test_n1_pages_of_long_sequences(page_size, D):
+    """Warps look for the places of 32 boxes of the copy engine at a time: here several times in a sequence."""
+    lengths = (4500, 2049)
+    q, k, v = tensors(B=2, Sq=3, Sk=4500, Hq=8, D=D, dtype=torch.bfloat16)
+    expected = attention(*moved((q, k, v)), causal=True, seqused_k=int32(*lengths).cuda())
+    pages, on_gpu = in_pages(k, v, page_size, lengths), q.cuda()
+    for name, schedule in SCHEDULES.items():
+        with _schedule.forced(**schedule), poisoned():
+            assert_same(cached(on_gpu, pages, lengths, causal=True), expected, name)
+    assert_noticed(*moved((q, k, v)), causal=True)
+
+
 @every_option
 @every_dtype
 @pytest.mark.parametrize("Sq", [1, 9, 200])

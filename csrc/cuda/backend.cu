@@ -35,10 +35,7 @@ fad_status fold_partials(const fad_attn_problem *p, const fad_partials &partials
     const int values = many && p->Dv % 4 == 0 ? 4 : 1;
     const auto kernel = values == 4 ? fold_splits<4> : fold_splits<1>;
     const int64_t warps = rows * ((p->Dv + 32 * values - 1) / (32 * values));
-    cudaFuncAttributes code; /* what has been compiled for 9.0 or later waits for the kernel before it */
-    TRY_CUDA(cudaFuncGetAttributes(&code, kernel));
-    return launch(kernel, (warps + FOLD_WARPS - 1) / FOLD_WARPS, FOLD_WARPS * 32, 0, stream, {0, code.ptxVersion >= 90},
-                  *p, partials);
+    return launch(kernel, (warps + FOLD_WARPS - 1) / FOLD_WARPS, FOLD_WARPS * 32, 0, stream, {0, true}, *p, partials);
 }
 
 /* A thread block for each row, a thread for each of its values. */

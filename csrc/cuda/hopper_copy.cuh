@@ -10,11 +10,13 @@
 struct BoxPlace {
     int page, row;
 };
-/* 32 boxes, one in each lane, and the 32 after them, which are asked for long before their use, because memory is late; the
- * first of an item are waited for. */
+constexpr int FOUND_BOXES = 32; /* at a time, one by each lane */
+/* Where boxes lie, one of every FOUND_BOXES in each lane: those among which K is, those before, where V may be, a block
+ * behind, and those after, which are asked for long before their use, because memory is late. The first of an item are
+ * waited for. */
 struct BoxCache {
-    int first = -64; /* box */
-    BoxPlace box, next;
+    int first = -2 * FOUND_BOXES; /* box of `here` */
+    BoxPlace before, here, after;
 };
 
 /* ROWS keys by PIECES times 64 dims at a time, into pieces of PIECE_ROWS rows. PAGES: they may be in pages. */
@@ -36,13 +38,14 @@ template <int ROWS, int PIECES, int PIECE_ROWS = ROWS, bool PAGES = true> struct
      * `each`. */
     template <class Each>
     __device__ __forceinline__ void run(const CUtensorMap &k_map, const CUtensorMap &v_map, Each each) const {
+        const int head = (int)t.head_k;
         if (PAGES && p.block_table) {
-            BoxCache k, v;
+            BoxCache cache;
             const int shift = __ffs(box_rows(p, ROWS)) - 1;
-            each([&](auto &&...slot) { copy_pages(k, shift, k_map, slot...); },
-                 [&](auto &&...slot) { copy_pages(v, shift, v_map, slot...); });
+            each([&](auto &&...slot) { copy_pages(cache, shift, head, k_map, slot...); },
+                 [&](auto &&...slot) { copy_pages(cache, shift, head, v_map, slot...); });
         } else {
-            const int head = (int)t.head_k, entry = (int)fad_cache_entry(&p, t.seq.index);
+            const int entry = (int)fad_cache_entry(&p, t.seq.index);
             each([&](auto &&...slot) { copy_rows(head, entry, k_map, slot...); },
                  [&](auto &&...slot) { copy_rows(head, entry, v_map, slot...); });
         }
@@ -70,18 +73,22 @@ template <int ROWS, int PIECES, int PIECE_ROWS = ROWS, bool PAGES = true> struct
     }
 
     /* A lane copies a box: there are 32 or fewer, of 2^shift rows each. */
-    __device__ __forceinline__ void copy_pages(BoxCache &cache, int shift, const CUtensorMap &map, int key,
+    __device__ __forceinline__ void copy_pages(BoxCache &cache, int shift, int head, const CUtensorMap &map, int key,
                                                int first_dim, char *to, MemoryBarrier &empty, unsigned round,
                                                MemoryBarrier &full) const {
         const int lane = threadIdx.x % 32, rows = 1 << shift, number = key >> shift, row = lane << shift;
-        if ((unsigned)(number - cache.first) >= 32) {
-            const int first = number & ~31; /* the boxes of ROWS keys never lie on both sides of a multiple of 32 */
-            cache.box = first - cache.first == 32 ? cache.next : find((first + lane) << shift, rows);
-            cache.next = find((first + 32 + lane) << shift, rows);
+        /* the boxes of ROWS keys never lie on both sides of a multiple of FOUND_BOXES */
+        if ((unsigned)(number - cache.first + FOUND_BOXES) >= 2 * FOUND_BOXES) {
+            const int first = number & -FOUND_BOXES;
+            cache.before = cache.here;
+            cache.here = first - cache.first == FOUND_BOXES ? cache.after : find((first + lane) << shift, rows);
+            cache.after = find((first + FOUND_BOXES + lane) << shift, rows);
             cache.first = first;
         }
-        const int page = __shfl_sync(~0u, cache.box.page, number - cache.first + lane),
-                  row_of_page = __shfl_sync(~0u, cache.box.row, number - cache.first + lane);
+        const bool before = number < cache.first;
+        const int page = __shfl_sync(~0u, before ? cache.before.page : cache.here.page, number % FOUND_BOXES + lane),
+                  row_of_page =
+                      __shfl_sync(~0u, before ? cache.before.row : cache.here.row, number % FOUND_BOXES + lane);
         /* past the last page there are zeros, if nothing of a box is seen */
         const int entry = seen(key + row, rows) ? min(max(page, 0), (int)p.Bk - 1) : (int)p.Bk;
         barrier_wait(empty, round);
@@ -92,8 +99,8 @@ template <int ROWS, int PIECES, int PIECE_ROWS = ROWS, bool PAGES = true> struct
             return;
 #pragma unroll
         for (int piece = 0; piece < PIECES; piece++)
-            copy_box(to + piece * PIECE + row * 128, map, full, first_dim + piece * 64, row_of_page, (int)t.head_k,
-                     entry, policy);
+            copy_box(to + piece * PIECE + row * 128, map, full, first_dim + piece * 64, row_of_page, head, entry,
+                     policy);
     }
 };
 

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(S::THREADS, S::RESIDENT)
 
 template <class S> static HopperKernel hopper_decode_of() {
     return {{DECODE_ROWS, S::D, S::THREADS, false, sizeof(MmaDecodeShared<S>), 0, nullptr},
-            SLOT_KEYS,
+            S::SLOT_KEYS / S::SLOT_PRODUCERS,
             16,
             false,
             hopper_decode_kernel<S>};

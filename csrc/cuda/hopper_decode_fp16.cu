@@ -2,9 +2,9 @@
 
 HopperKernels hopper_decode_fp16() {
     static const HopperKernel kernels[] = {
-        hopper_decode_of<MmaDecodeShape<FAD_FLOAT16, 64, 7, 2, 0>>(),
-        hopper_decode_of<MmaDecodeShape<FAD_FLOAT16, 128, 5, 2, 0>>(),
-        hopper_decode_of<MmaDecodeShape<FAD_FLOAT16, 256, 5, 1, 0>>(),
+        hopper_decode_of<MmaDecodeShape<FAD_FLOAT16, 64, 4, 2, true>>(),
+        hopper_decode_of<MmaDecodeShape<FAD_FLOAT16, 128, 5, 2, true>>(),
+        hopper_decode_of<MmaDecodeShape<FAD_FLOAT16, 256, 5, 1, true>>(),
     };
     return {kernels, kernels + sizeof kernels / sizeof *kernels};
 }

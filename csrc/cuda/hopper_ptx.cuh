@@ -51,17 +51,6 @@ static __device__ __forceinline__ void fence_async_proxy() {
 static __device__ __forceinline__ void prefetch_map(const CUtensorMap &map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
-/* How long the L2 cache should keep what a copy reads. */
-static __device__ __forceinline__ uint64_t keep_as_usual() {
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-static __device__ __forceinline__ uint64_t read_once() {
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
 /* Asks for the line of `address` to be in the L2 cache soon. */
 static __device__ __forceinline__ void prefetch_line(const void *address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
@@ -72,6 +61,14 @@ static __device__ __forceinline__ void copy_box(void *to, const CUtensorMap &map
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
                  "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
                  "l"(&map), "r"(shared_address(&barrier)), "r"(dim), "r"(row), "r"(head), "r"(batch), "l"(policy)
+                 : "memory");
+}
+
+/* Asks for a box to be in the L2 cache soon. */
+static __device__ __forceinline__ void prefetch_box(const CUtensorMap &map, int dim, int row, int head, int batch,
+                                                    uint64_t policy) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.L2::cache_hint [%0, {%1, %2, %3, %4}], %5;" ::"l"(&map),
+                 "r"(dim), "r"(row), "r"(head), "r"(batch), "l"(policy)
                  : "memory");
 }
 
@@ -116,6 +113,9 @@ template <int REGISTERS> static __device__ __forceinline__ void give_registers()
 template <int REGISTERS> static __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
+
+/* A number of which the compiler knows nothing from here on. No instruction. */
+static __device__ __forceinline__ void renew(float &x) { asm volatile("" : "+f"(x)); }
 
 /* Before wgmma reads registers that have been written since the last one. */
 static __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

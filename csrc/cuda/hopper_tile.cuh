@@ -36,11 +36,13 @@ __global__ void __launch_bounds__(S::THREADS, 1)
 }
 
 template <class S> static HopperKernel hopper_kernel_of() {
+    constexpr int LEAST_BOX = 8;
     static_assert(sizeof(HopperShared<S>) <= 227 * 1024, "more shared memory than a thread block can have");
+    static_assert(2 * BLOCK_KEYS / LEAST_BOX <= FOUND_BOXES, "K of block 1 is found first, and then V of block 0");
     return {{S::ROWS, S::D, S::THREADS, true, sizeof(HopperShared<S>),
              S::REST_IN_SHARED ? 0 : S::CONSUMERS * S::N * GROUP_THREADS * sizeof(float4), nullptr},
             BLOCK_KEYS / KEY_WARPS,
-            8,
+            LEAST_BOX,
             true,
             hopper_tile_kernel<S>};
 }

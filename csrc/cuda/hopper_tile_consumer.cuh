@@ -23,7 +23,7 @@ template <class S> struct HopperConsumer {
     int current = -1;                 /* the item in work; -1: none yet */
     int block = 0, last = 0;          /* its block whose probabilities are there; its last one */
     int whole = 0, n_whole = 0;       /* of its range */
-    int plain_end = 0;                /* of the blocks that are plain, and the next is: from `whole` on */
+    int plain_end = 0;                /* of the blocks that every row sees all of, and not the last: from `whole` on */
     int splits = 0, to_split_end = 1; /* that have ended; blocks up to the end of the current one */
     bool first_values = true;         /* of a split: the next ones start a chain */
     float l[2] = {0, 0};              /* this lane's l_t of rows g and g + 8 */
@@ -101,6 +101,16 @@ template <class S> struct HopperConsumer {
         }
     }
 
+    /* Scores that have been waited for. The compiler must not see that their bits are looked at later: it would copy them to
+     * integers where their products are still on their way, which then have to wait for each other. */
+    static __device__ __forceinline__ void settle(ScoreTile &s) {
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                renew(s[n][e]);
+    }
+
     /* N7: starts O += P V, or O = P V with the first values of a split. */
     __device__ __forceinline__ void start_values(const ProbabilityFragments &a, const Slots &values) {
         wgmma_fence();
@@ -120,16 +130,15 @@ template <class S> struct HopperConsumer {
     }
 
     /* N4 to N6: options, masks and the references of a block. Returns whether references moved; alpha tells how O and l
-     * have to follow. PLAIN: the rule is, and every row sees the whole block. */
+     * have to follow. PLAIN: the rule is. */
     template <bool PLAIN> __device__ __forceinline__ bool advance(ScoreTile &s, int block, float (&alpha)[2]) {
         const ScoreRule &rule = work.rule;
-        const bool partial = !PLAIN && is_partial(block);
         if (!PLAIN && !rule.plain) {
             const RowView g(p, item().t, item().range, first + lane / 4),
                 g8(p, item().t, item().range, first + lane / 4 + 8);
             apply_options(s, g, g8, rule, block);
         }
-        if (partial)
+        if (is_partial(block))
 #pragma unroll
             for (int half = 0; half < 2; half++)
                 item().seen[first + lane / 4 + half * 8].mask(s, half, block);
@@ -271,7 +280,7 @@ template <class S> struct HopperConsumer {
         whole = uniform(range.whole);
         n_whole = uniform(range.n_whole);
         to_split_end = uniform(range.to_split_end);
-        plain_end = work.rule.plain ? min(whole + n_whole - 1, last) : 0;
+        plain_end = work.rule.plain ? min(whole + n_whole, last) : 0;
         return true;
     }
     /* The item before has met all of its q. */
@@ -302,9 +311,9 @@ template <class S> struct HopperConsumer {
         named_barrier_arrive(FIRST_TURN + (group + 1 < S::CONSUMERS ? group + 1 : 0), 2 * GROUP_THREADS);
     }
 
-    /* What a step has to be ready for. PLAIN: this block and the next are plain and in one split. SPLIT: they are plain and
-     * in two, which are folded. These have code of their own, without all that is rare, which would lie in the way and take
-     * registers. */
+    /* What a step has to be ready for. PLAIN: the rule is plain, every row sees all of this block, and the next one is in the
+     * same split. SPLIT: it is in the next, and splits are folded. These have code of their own, without all that is rare,
+     * which would lie in the way and take registers; masks of the next block are not rare, as all causal tiles have them. */
     enum Kind { PLAIN, SPLIT, ANY };
 
     /* s holds the probabilities of the present block, and at the end those of the next; with OVERLAP a has them, rounded.
@@ -383,6 +392,7 @@ template <class S> struct HopperConsumer {
             finish_products(keys, more);
         }
         if (more) {
+            settle(s);
             if (S::OVERLAP)
                 release(keys);
             moved = advance<PLAIN>(s, block, alpha);

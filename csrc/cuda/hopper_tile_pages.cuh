@@ -11,8 +11,10 @@
 template <int ROWS, int PIECES, int PIECE_ROWS> struct PageCopier {
     MemoryBarrier *under_way = nullptr; /* `full` of the slot whose copies have not been waited for */
 
-    __device__ __forceinline__ void copy(const Keys &from, const KeyRange &range, int key, int first_dim, char *to,
-                                         MemoryBarrier &empty, unsigned round, MemoryBarrier &full) {
+    /* policy: of the L2 cache. */
+    __device__ __forceinline__ void copy(const Keys &from, const KeyRange &range, uint64_t policy, int key,
+                                         int first_dim, char *to, MemoryBarrier &empty, unsigned round,
+                                         MemoryBarrier &full) {
         auto find = [&](int row) { return from.find(key + row + (int)threadIdx.x % 32, range.lo, range.hi); };
         KeyPlace next = find(0); /* asked for ahead of its use, because memory is late */
         if (!__all_sync(~0u, barrier_done(empty, round))) {
@@ -23,7 +25,7 @@ template <int ROWS, int PIECES, int PIECE_ROWS> struct PageCopier {
         for (int row = 0; row < ROWS; row += 32) {
             const KeyPlace found = next;
             next = find(row + 32);
-            from.copy_found<PIECE_ROWS, PIECES, 4>(to, found, key + row, range.lo, range.hi, row, first_dim);
+            from.copy_found<PIECE_ROWS, PIECES, 4>(to, found, key + row, range.lo, range.hi, row, first_dim, policy);
         }
         cp_async_commit();
         if (under_way)

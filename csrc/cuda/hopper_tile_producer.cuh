@@ -63,7 +63,7 @@ template <class S> struct KeyProducer {
     const CUtensorMap &k_map, &v_map;
     HopperShared<S> &sm;
     const int warp; /* of those */
-    /* The copy engine's: where splits are spilled, there are few rows, which read K and V once or at the same time, and would
+    /* Of the L2 cache: where splits are spilled, there are few rows, which read K and V once or at the same time, and would
      * drive the code of this kernel out of the L2 cache. Otherwise tiles of a head read the same one after the other. */
     const uint64_t policy;
     const bool by_warp;
@@ -78,7 +78,7 @@ template <class S> struct KeyProducer {
     /* KeyCopier::run. */
     template <class Each> __device__ __forceinline__ void copy_item(const HopperItem &item, Each each) {
         auto copy = [&](const fad_view &view, int64_t dims, auto &&...slot) {
-            pages.copy(Keys(view, 0, item.t, item.range.first, dims), item.range, slot...);
+            pages.copy(Keys(view, 0, item.t, item.range.first, dims), item.range, policy, slot...);
         };
         if (by_warp)
             each([&](auto &&...slot) { copy(p.k, p.D, slot...); }, [&](auto &&...slot) { copy(p.v, p.Dv, slot...); });

@@ -25,7 +25,9 @@ fad_status get_device(Device *device);
  * launch too, so that all must give the same; 0: none asks for any. */
 struct LaunchOptions {
     size_t most_shared;
-    bool before_last_ends; /* may start before the kernel before it has ended, because it waits for it itself */
+    /* May start before the kernel before it has ended, because it waits for it itself: if it has been compiled for compute
+     * capability 9.0 or later. */
+    bool before_last_ends;
 };
 
 template <class... Args>
@@ -41,9 +43,11 @@ static fad_status launch(void (*kernel)(Args...), int64_t blocks, int threads, s
     cudaLaunchAttribute attributes[1];
     cudaLaunchConfig_t config = {(unsigned)blocks, (unsigned)threads, shared, (cudaStream_t)stream, attributes, 0};
     if (options.before_last_ends) {
+        cudaFuncAttributes code;
+        TRY_CUDA(cudaFuncGetAttributes(&code, kernel));
         cudaLaunchAttribute &attribute = attributes[config.numAttrs++];
         attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attribute.val.programmaticStreamSerializationAllowed = 1;
+        attribute.val.programmaticStreamSerializationAllowed = code.ptxVersion >= 90;
     }
     return cuda_status(cudaLaunchKernelEx(&config, kernel, args...), "kernel launch");
 }

@@ -26,7 +26,8 @@ __device__ inline Row row_of(const Tile &t, int r) {
     return {t.i0 + at / t.group, t.head_k * t.group + at % t.group};
 }
 /* Rows r, r + STEP, .. of a tile in a view of q's shape, 16-bit values, without a division or a shuffle for each. */
-template <int STEP> struct RowWalk {
+template <int STEP_> struct RowWalk {
+    static constexpr int STEP = STEP_;
     int64_t at; /* bytes from the view's first element to the row; first_element: where the tile's sequence starts */
     unsigned h;
     const unsigned group, step_h;

@@ -12,22 +12,21 @@
 #include "mma_decode_values.cuh"
 
 template <class S>
-static __device__ __forceinline__ void consume(const fad_attn_problem &p, MmaDecodeShared<S> &sm,
-                                               const fad_partials &partials) {
+static __device__ __forceinline__ void consume(const fad_attn_problem &p, const Work &work, MmaDecodeShared<S> &sm) {
     load_queries<DECODE_ROWS, S::CHUNKS, DECODE_CONSUMERS>(sm.q, p, sm.t, threadIdx.x);
     cp_async_commit();
     sm.rows.fill(p, sm.t, sm.range, threadIdx.x, DECODE_CONSUMERS);
     cp_async_wait<0>();
     named_barrier_sync(1, DECODE_CONSUMERS); /* q and the rows' table may be read */
     if (threadIdx.x >= ROLE_THREADS)
-        ValueWarp<S>(p, sm).run(partials);
+        ValueWarp<S>(p, work.rule, sm).run(work.partials);
     else if (sm.range.blocks > 0)
-        ScoreWarp<S>(p, sm).run();
+        ScoreWarp<S>(p, work.rule, sm).run();
 }
 
 template <class S> static __device__ __forceinline__ void init_barriers(MmaDecodeShared<S> &sm) {
     for (int i = 0; i < S::SLOTS; i++) {
-        barrier_init(sm.full[i], S::ENGINE ? 1 : S::SLOT_COPIERS * 32);
+        barrier_init(sm.full[i], S::SLOT_PRODUCERS * (S::ENGINE ? 1 : 32));
         barrier_init(sm.empty[i], ROLE_WARPS);
     }
     if constexpr (S::ENGINE)
@@ -46,19 +45,23 @@ static __device__ __forceinline__ void mma_decode(const fad_attn_problem &p, con
         if constexpr (S::ENGINE)
             prefetch_map(*k_map), prefetch_map(*v_map);
     }
+    if constexpr (S::ENGINE)
+        if (threadIdx.x == DECODE_CONSUMERS + 32)
+            prefetch_first_block<S>(p, work, blockIdx.x, *k_map, *v_map);
     if (!share_item(p, work, DECODE_ROWS, blockIdx.x, sm.t, sm.range)) /* and the barriers may be used */
         return;
     if (threadIdx.x < DECODE_CONSUMERS) {
-        consume(p, sm, work.partials);
+        consume(p, work, sm);
         return;
     }
     if (sm.range.blocks == 0)
         return;
     MmaDecodeProducer<S> producer = {p, sm, {}};
+    const int warp = (int)(threadIdx.x - DECODE_CONSUMERS) / 32;
     if constexpr (!S::ENGINE)
-        producer.copy_by_warp((int)(threadIdx.x - DECODE_CONSUMERS) / 32);
+        producer.copy_by_warp(warp);
     else
-        producer.copy_by_engine(*k_map, *v_map);
+        producer.copy_by_engine(warp, *k_map, *v_map);
 }
 
 template <class S>

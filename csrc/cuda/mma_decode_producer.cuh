@@ -1,13 +1,37 @@
-/* The warps of the split-KV kernel that keep K and V coming: K of the next block, then V of this one. The copy engine needs
- * one of them; without it each copies some keys of every block. */
+/* The warps of the split-KV kernel that keep K and V coming: K of the next block, then V of this one, each some rows of
+ * every block. */
 #ifndef FAD_CUDA_MMA_DECODE_PRODUCER_CUH
 #define FAD_CUDA_MMA_DECODE_PRODUCER_CUH
 
 #include "hopper_copy.cuh"
 #include "mma_decode_shared.cuh"
 
+/* While the item is being found, by one thread: asks for its first block of K and V to come to the L2 cache, if it is easy to
+ * tell where that will be. */
+template <class S>
+static __device__ __forceinline__ void prefetch_first_block(const fad_attn_problem &p, const Work &work,
+                                                            unsigned number, const CUtensorMap &k_map,
+                                                            const CUtensorMap &v_map) {
+    const DenseWork &dense = work.dense;
+    if (!dense.valid || p.block_table || p.leftpad_k || p.window_left >= 0)
+        return;
+    const DenseItem item(dense, DECODE_ROWS, number);
+    const int row = item.nth * dense.item_splits * dense.split_keys, head = item.head,
+              entry = (int)fad_cache_entry(&p, item.b);
+    if (row >= (p.seqused_k ? p.seqused_k[item.b] : (int)p.Sk))
+        return;
+    const uint64_t policy = read_once();
+#pragma unroll 1
+    for (int at = row; at < row + BLOCK_KEYS; at += S::SLOT_KEYS / S::SLOT_PRODUCERS)
+#pragma unroll
+        for (int dim = 0; dim < S::D; dim += 64) {
+            prefetch_box(k_map, dim, at, head, entry, policy);
+            prefetch_box(v_map, dim, at, head, entry, policy);
+        }
+}
+
 template <class S> struct MmaDecodeProducer {
-    static constexpr int ROWS = SLOT_KEYS / (S::ENGINE ? 1 : S::SLOT_COPIERS); /* of a slot */
+    static constexpr int ROWS = S::SLOT_KEYS / S::SLOT_PRODUCERS; /* of a slot, a warp's */
     const fad_attn_problem &p;
     MmaDecodeShared<S> &sm;
     Ring ring;
@@ -17,21 +41,22 @@ template <class S> struct MmaDecodeProducer {
         const int end = sm.range.blocks * BLOCK_KEYS;
 #pragma unroll 1
         for (int block = -BLOCK_KEYS; block < end; block += BLOCK_KEYS) {
-            for (int key = block + BLOCK_KEYS; key < min(block + 2 * BLOCK_KEYS, end); key += SLOT_KEYS)
+            for (int key = block + BLOCK_KEYS; key < min(block + 2 * BLOCK_KEYS, end); key += S::SLOT_KEYS)
                 keys(key);
-            for (int key = block; key < block + BLOCK_KEYS && key >= 0; key += SLOT_KEYS)
+            for (int key = block; key < block + BLOCK_KEYS && key >= 0; key += S::SLOT_KEYS)
                 values(key);
         }
     }
 
-    /* By this warp, one of COPIERS. Keys outside the range become zeros. */
+    /* By this warp. Keys outside the range become zeros. */
     __device__ __forceinline__ void copy_by_warp(int warp) {
-        static_assert(S::COPIERS % BLOCK_SLOTS == 0 && S::SLOTS % BLOCK_SLOTS == 0,
+        static_assert(S::PRODUCERS % S::BLOCK_SLOTS == 0 && S::SLOTS % S::BLOCK_SLOTS == 0,
                       "a warp always has the same slots of the ring, and misses no round of them");
         const Keys k(p.k, sm.t.seq.k, sm.t, sm.range.first, p.D), v(p.v, sm.t.seq.v, sm.t, sm.range.first, p.Dv);
-        const int nth = warp / S::SLOT_COPIERS, first = warp % S::SLOT_COPIERS * ROWS; /* slot of a block, row of it */
+        const int nth = warp / S::SLOT_PRODUCERS,
+                  first = warp % S::SLOT_PRODUCERS * ROWS; /* slot of a block, row of it */
         auto slot = [&](int key, auto copy) {
-            if (key / SLOT_KEYS % BLOCK_SLOTS == nth) {
+            if (key / S::SLOT_KEYS % S::BLOCK_SLOTS == nth) {
                 barrier_wait(sm.empty[ring.index], ring.round ^ 1);
                 copy(sm.ring[ring.index]);
                 barrier_arrive_copied(sm.full[ring.index]);
@@ -40,8 +65,8 @@ template <class S> struct MmaDecodeProducer {
         };
         if (p.block_table) {
             Found of_k, of_v;
-            find(of_k, k, nth * SLOT_KEYS + first);
-            find(of_v, v, nth * SLOT_KEYS + first);
+            find(of_k, k, nth * S::SLOT_KEYS + first);
+            find(of_v, v, nth * S::SLOT_KEYS + first);
             run([&](int key) { slot(key, [&](char *to) { copy_pages(to, k, of_k, key, first); }); },
                 [&](int key) { slot(key, [&](char *to) { copy_pages(to, v, of_v, key, first); }); });
         } else {
@@ -54,7 +79,7 @@ template <class S> struct MmaDecodeProducer {
     __device__ __forceinline__ void copy_rows(char *to, const Keys &from, int key, int first) const {
 #pragma unroll 1
         for (int piece = 0; piece < S::D / 64; piece++)
-            from.template load<ROWS, 8, 32>(to + (piece * SLOT_KEYS + first) * 128, key + first, sm.range.lo,
+            from.template load<ROWS, 8, 32>(to + (piece * S::SLOT_KEYS + first) * 128, key + first, sm.range.lo,
                                             sm.range.hi, piece * 64, threadIdx.x % 32);
     }
 
@@ -74,16 +99,18 @@ template <class S> struct MmaDecodeProducer {
         find(found, from, key + first + BLOCK_KEYS);
 #pragma unroll
         for (int i = 0; i < ROWS / 32; i++)
-            from.template copy_found<SLOT_KEYS, S::D / 64, 8>(to, of_slot[i], key + first + i * 32, sm.range.lo,
-                                                              sm.range.hi, first + i * 32, 0);
+            from.template copy_found<S::SLOT_KEYS, S::D / 64, 8>(to, of_slot[i], key + first + i * 32, sm.range.lo,
+                                                                 sm.range.hi, first + i * 32, 0, read_once());
     }
 
-    __device__ __forceinline__ void copy_by_engine(const CUtensorMap &k_map, const CUtensorMap &v_map) {
-        const KeyCopier<SLOT_KEYS, S::D / 64> copier(p, sm.t, sm.range, read_once());
+    __device__ __forceinline__ void copy_by_engine(int warp, const CUtensorMap &k_map, const CUtensorMap &v_map) {
+        static_assert(S::PRODUCERS == S::SLOT_PRODUCERS, "a warp misses no round of a slot");
+        const int first = warp * ROWS; /* row of every slot */
+        const KeyCopier<ROWS, S::D / 64, S::SLOT_KEYS> copier(p, sm.t, sm.range, read_once());
         copier.run(k_map, v_map, [&](auto copy_k, auto copy_v) {
             auto next = [&](auto &copy, int key) {
                 const int i = ring.index;
-                copy(key, 0, sm.ring[i], sm.empty[i], ring.round ^ 1, sm.full[i]);
+                copy(key + first, 0, sm.ring[i] + first * 128, sm.empty[i], ring.round ^ 1, sm.full[i]);
                 ring.advance(S::SLOTS);
             };
             run([&](int key) { next(copy_k, key); }, [&](int key) { next(copy_v, key); });

@@ -7,12 +7,12 @@
 template <class S> struct ScoreWarp : DecodeWarp<S> {
     using Base = DecodeWarp<S>;
     using Base::sm, Base::warp, Base::lane, Base::ring, Base::buffer, Base::m;
-    const ScoreRule rule;
+    const ScoreRule &rule;
     const int first_unit = warp * WARP_UNITS; /* of this warp, in a block */
     UnitScores<S::T, S::CHUNKS, WARP_UNITS> units;
 
-    __device__ ScoreWarp(const fad_attn_problem &problem, MmaDecodeShared<S> &shared)
-        : Base(problem, shared, ScoreRule(problem).c), rule(problem) {}
+    __device__ ScoreWarp(const fad_attn_problem &problem, const ScoreRule &of_call, MmaDecodeShared<S> &shared)
+        : Base(problem, shared, of_call.c), rule(of_call) {}
 
     __device__ __forceinline__ void publish_maxima(int to) {
 #pragma unroll
@@ -25,12 +25,12 @@ template <class S> struct ScoreWarp : DecodeWarp<S> {
 
     /* S of a block, whose K is next in the ring; its maxima to buffer `to`. */
     __device__ __forceinline__ void scores(int block, int to) {
-        const Ring at = ring.after(warp / SLOT_WARPS, S::SLOTS);
+        const Ring at = ring.after(warp / S::SLOT_WARPS, S::SLOTS);
         const bool partial = sm.range.partial(block);
         barrier_wait(sm.full[at.index], at.round);
-        units.multiply(sm.q, sm.ring[at.index], SLOT_KEYS * 128, warp % SLOT_WARPS * WARP_UNITS * UNIT_KEYS);
+        units.multiply(sm.q, sm.ring[at.index], S::SLOT_KEYS * 128, warp % S::SLOT_WARPS * WARP_UNITS * UNIT_KEYS);
         __syncwarp();
-        if (lane < ROLE_WARPS / SLOT_WARPS) /* for all: the others do not read this slot */
+        if (lane < ROLE_WARPS / S::SLOT_WARPS) /* for all: the others do not read this slot */
             barrier_arrive(sm.empty[at.index]);
         if (!rule.plain || partial)
             units.finish(sm.rows, rule, (block * BLOCK_UNITS + first_unit) * UNIT_KEYS, partial, lane);

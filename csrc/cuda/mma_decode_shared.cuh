@@ -11,22 +11,25 @@
 
 constexpr int ROLE_WARPS = 4, ROLE_THREADS = ROLE_WARPS * 32; /* score warps; then as many value warps */
 constexpr int DECODE_CONSUMERS = 2 * ROLE_THREADS;
-constexpr int WARP_UNITS = BLOCK_UNITS / ROLE_WARPS;           /* a score warp's */
-constexpr int SLOT_WARPS = SLOT_KEYS / UNIT_KEYS / WARP_UNITS; /* score warps that read one slot of K */
+constexpr int WARP_UNITS = BLOCK_UNITS / ROLE_WARPS; /* a score warp's */
 
-/* RESIDENT: thread blocks of a multiprocessor, one's start and end beside the other's work. COPIERS: warps that copy K and
- * V; 0: the copy engine does, and one warp tells it what. */
-template <fad_dtype T_, int D_, int SLOTS_, int RESIDENT_, int COPIERS_> struct MmaDecodeShape {
+/* RESIDENT: thread blocks of a multiprocessor, one's start and end beside the other's work. ENGINE: the copy engine copies K
+ * and V. */
+template <fad_dtype T_, int D_, int SLOTS_, int RESIDENT_, bool ENGINE_> struct MmaDecodeShape {
     static constexpr fad_dtype T = T_;
     static constexpr int D = D_; /* of q, k and v, zero-padded */
     static constexpr int SLOTS = SLOTS_, RESIDENT = RESIDENT_;
-    static constexpr int COPIERS = COPIERS_;
-    static constexpr bool ENGINE = COPIERS == 0;
-    static constexpr int THREADS = DECODE_CONSUMERS + (ENGINE ? 1 : COPIERS) * 32;
-    static constexpr int SLOT_COPIERS = COPIERS / BLOCK_SLOTS; /* of a slot */
-    static constexpr int CHUNKS = D / 8;                       /* of 16 bytes, in a row of q */
-    static constexpr int SLOT = SLOT_KEYS * D * 2;             /* bytes */
-    static constexpr int N = D / 8 / ROLE_WARPS;               /* n8 tiles of O that are a value warp's */
+    static constexpr bool ENGINE = ENGINE_;
+    /* Keys of K or V that are copied together: a slot takes a producing warp hundreds of cycles, however small it is. */
+    static constexpr int SLOT_KEYS = D == 64 ? 128 : 64, BLOCK_SLOTS = BLOCK_KEYS / SLOT_KEYS;
+    static constexpr int SLOT_WARPS = SLOT_KEYS / UNIT_KEYS / WARP_UNITS; /* score warps that read one slot of K */
+    /* Warps that tell the copy engine what to copy, each its rows of every slot; or that copy, the same slots of every
+     * block. */
+    static constexpr int PRODUCERS = ENGINE ? 2 : 4, SLOT_PRODUCERS = ENGINE ? PRODUCERS : PRODUCERS / BLOCK_SLOTS;
+    static constexpr int THREADS = DECODE_CONSUMERS + PRODUCERS * 32;
+    static constexpr int CHUNKS = D / 8;           /* of 16 bytes, in a row of q */
+    static constexpr int SLOT = SLOT_KEYS * D * 2; /* bytes */
+    static constexpr int N = D / 8 / ROLE_WARPS;   /* n8 tiles of O that are a value warp's */
     /* A score warp waits for one of a block's slots only. What was in that slot before must have been there for certain,
      * or the warp could take one round of the slot for another: it is older than V of the block before, with which value
      * warps may not have begun. */
@@ -67,7 +70,7 @@ template <class S> struct DecodeWarp {
         return x;
     }
 
-    __device__ __forceinline__ void skip_block() { ring = ring.after(BLOCK_SLOTS, S::SLOTS); }
+    __device__ __forceinline__ void skip_block() { ring = ring.after(S::BLOCK_SLOTS, S::SLOTS); }
 
     /* Maxima and P that score warps have written may be read, and what value warps have read be overwritten. */
     __device__ __forceinline__ void exchange() const { named_barrier_sync(1, DECODE_CONSUMERS); }

@@ -7,7 +7,6 @@
 #include "mma_softmax.cuh"
 
 constexpr int UNIT_KEYS = 16, BLOCK_UNITS = BLOCK_KEYS / UNIT_KEYS; /* a unit: the keys of one step */
-constexpr int SLOT_KEYS = 64, BLOCK_SLOTS = BLOCK_KEYS / SLOT_KEYS; /* of K or V that are copied together */
 
 /* Scores of 16 rows and UNITS units that follow each other, of keys with CHUNKS chunks of 16 bytes. */
 template <fad_dtype T, int CHUNKS, int UNITS> struct UnitScores {
@@ -20,14 +19,17 @@ template <fad_dtype T, int CHUNKS, int UNITS> struct UnitScores {
 #pragma unroll
             for (int e = 0; e < 8; e++)
                 s[u][e / 4][e % 4] = 0;
+        /* As load_fragment and load_key_fragment, but two chunks further on is an exclusive or: no register for each. */
+        const int lane = threadIdx.x % 32, q_lane = swizzled<CHUNKS>(lane % 16, lane / 16),
+                  k_lane = swizzled<8>(first + lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
         for (int d = 0; d < CHUNKS / 2; d++) {
             unsigned a[4];
-            load_fragment<CHUNKS>(a, q, 0, d);
+            ldmatrix(a, q + (q_lane ^ d * 32));
 #pragma unroll
             for (int u = 0; u < UNITS; u++) {
                 unsigned b[4];
-                load_key_fragment<8>(b, k + d / 4 * piece_bytes, first + u * UNIT_KEYS, d % 4);
+                ldmatrix(b, k + d / 4 * piece_bytes + u * UNIT_KEYS * 128 + (k_lane ^ d % 4 * 32));
                 mma_step<T>(s[u][0], a, b[0], b[1]);
                 mma_step<T>(s[u][1], a, b[2], b[3]);
             }

@@ -14,12 +14,12 @@ template <class S> struct ValueWarp : DecodeWarp<S> {
     float o[S::N][4];          /* O of the split, at last of all: of this warp's dims */
     float l;                   /* this lane's l_t */
 
-    __device__ ValueWarp(const fad_attn_problem &problem, MmaDecodeShared<S> &shared)
-        : Base(problem, shared, ScoreRule(problem).c) {
+    __device__ ValueWarp(const fad_attn_problem &problem, const ScoreRule &rule, MmaDecodeShared<S> &shared)
+        : Base(problem, shared, rule.c) {
 #pragma unroll
         for (int i = 0; i < S::N / 2; i++) { /* as in load_value_fragment; every unit is swizzled alike */
             const int dim = first_dim + i * 16;
-            value_lane[i] = dim / 64 * SLOT_KEYS * 128 + swizzled<8>(lane % 16, dim % 64 / 8 + lane / 16);
+            value_lane[i] = dim / 64 * S::SLOT_KEYS * 128 + swizzled<8>(lane % 16, dim % 64 / 8 + lane / 16);
         }
     }
 
@@ -56,25 +56,25 @@ template <class S> struct ValueWarp : DecodeWarp<S> {
     }
 
     __device__ __forceinline__ void values(int block) {
-        constexpr int SLOT_UNITS = SLOT_KEYS / UNIT_KEYS, UNIT_BYTES = UNIT_KEYS * 128;
+        constexpr int SLOT_UNITS = S::SLOT_KEYS / UNIT_KEYS, UNIT_BYTES = UNIT_KEYS * 128;
         const auto &p_block = sm.p[buffer];
-        int slots[BLOCK_SLOTS];
+        int slots[S::BLOCK_SLOTS];
         float sum = 0; /* b_t */
 #pragma unroll
-        for (int i = 0; i < BLOCK_SLOTS; i++, ring.advance(S::SLOTS)) {
+        for (int i = 0; i < S::BLOCK_SLOTS; i++, ring.advance(S::SLOTS)) {
             slots[i] = ring.index;
             barrier_wait(sm.full[ring.index], ring.round);
         }
         if (sm.range.partial(block)) {
 #pragma unroll
-            for (int i = 0; i < BLOCK_SLOTS; i++)
+            for (int i = 0; i < S::BLOCK_SLOTS; i++)
 #pragma unroll 1
                 for (int u = 0; u < SLOT_UNITS; u++)
                     multiply<true>(sm.ring[slots[i]] + u * UNIT_BYTES, p_block[i * SLOT_UNITS + u][lane], sum,
                                    (block * BLOCK_UNITS + i * SLOT_UNITS + u) * UNIT_KEYS);
         } else {
 #pragma unroll
-            for (int i = 0; i < BLOCK_SLOTS; i++)
+            for (int i = 0; i < S::BLOCK_SLOTS; i++)
 #pragma unroll
                 for (int u = 0; u < SLOT_UNITS; u++)
                     multiply<false>(sm.ring[slots[i]] + u * UNIT_BYTES, p_block[i * SLOT_UNITS + u][lane], sum, 0);
@@ -82,7 +82,7 @@ template <class S> struct ValueWarp : DecodeWarp<S> {
         __syncwarp();
         if (lane == 0)
 #pragma unroll
-            for (int i = 0; i < BLOCK_SLOTS; i++)
+            for (int i = 0; i < S::BLOCK_SLOTS; i++)
                 barrier_arrive(sm.empty[slots[i]]);
         l = fad_f32_add(l, sum);
     }

@@ -91,7 +91,7 @@ struct Keys {
      * to rows first_row on of pieces of ROWS rows. Zeros as in load. LANES copy a row, and ask the lane that has found it. */
     template <int ROWS, int PIECES, int LANES>
     __device__ __forceinline__ void copy_found(char *to, const KeyPlace &found, int key, int lo, int hi, int first_row,
-                                               int first_dim) const {
+                                               int first_dim, uint64_t policy) const {
         constexpr int STEP = 32 / LANES; /* keys at a time */
         int lane = threadIdx.x % 32;
         asm volatile("" : "+r"(lane)); /* or its register is read again for every copy */
@@ -106,7 +106,7 @@ struct Keys {
 #pragma unroll
             for (int c = 0; c < PIECES * 8; c += LANES)
                 cp_async16(piece + (c / 8 * ROWS + i) * 128 + (column ^ (c % 8 ^ i % 8) * 16), from + c * 16,
-                           exist >> i & 1 && d + c * 8 < dims ? 16 : 0);
+                           exist >> i & 1 && d + c * 8 < dims ? 16 : 0, policy);
         }
     }
 

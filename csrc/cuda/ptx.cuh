@@ -8,9 +8,26 @@ static __device__ __forceinline__ unsigned shared_address(const void *p) {
     return (unsigned)__cvta_generic_to_shared(p);
 }
 
+/* How long the L2 cache should keep what a copy reads. */
+static __device__ __forceinline__ uint64_t keep_as_usual() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+static __device__ __forceinline__ uint64_t read_once() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
 /* Starts the copy of 16 bytes from global to shared memory; the last 16 - bytes of them become zeros. */
 static __device__ __forceinline__ void cp_async16(void *to, const void *from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
+}
+/* The same with a policy of the L2 cache. */
+static __device__ __forceinline__ void cp_async16(void *to, const void *from, int bytes, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes), "l"(policy)
                  : "memory");
 }
 /* The same of 4 bytes, or of none. */
@@ -64,8 +81,8 @@ static __device__ __forceinline__ void named_barrier_arrive(int id, int threads)
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-/* From here on the next kernel in the stream may start, if it waits for this one where it must: both do nothing before
- * compute capability 9.0, and nothing unless it has been launched that way. */
+/* From here on the next kernel in the stream may start, if it waits for this one where it must: both do nothing where they
+ * have been compiled for less than compute capability 9.0, and nothing unless it has been launched that way. */
 static __device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -5,10 +5,13 @@
 #include "locate.cuh"
 #include "score_rule.cuh"
 
+/* No offsets of rows or positions, which only the device can read. */
+static inline bool is_dense(const fad_attn_problem &p) { return !p.cu_seqlens_q && !p.cu_seqlens_k && !p.k_pos; }
+
 /* What finds items of dense calls of ordinary size fast: nothing is as slow as the first thousand instructions of a thread
  * block, which come from memory. */
 struct DenseWork {
-    bool valid; /* no offsets of rows or positions, and 32 bits hold all numbers */
+    bool valid; /* is_dense(), and 32 bits hold all numbers */
     int n_tiles, sequence_tiles, head_tiles, item_splits, group_size;
     Divisor tiles, sequence, head, group, split;
     int left, right, split_keys; /* as in fad_attn_problem; unbounded is more than any sequence */
@@ -22,8 +25,7 @@ struct DenseWork {
           group_size(bounded(fad_group(&p))), tiles(max(n_tiles, 1)), sequence(max(sequence_tiles, 1)),
           head(max(head_tiles, 1)), group(group_size), split(bounded(p.split_size)), left(bounded(p.window_left)),
           right(p.causal ? 0 : bounded(p.window_right)), split_keys(bounded(p.split_size)) {
-        valid = !p.cu_seqlens_q && !p.cu_seqlens_k && !p.k_pos && n_items < MOST && p.Sk < MOST &&
-                p.Sq * fad_group(&p) + rows < MOST;
+        valid = is_dense(p) && n_items < MOST && p.Sk < MOST && p.Sq * fad_group(&p) + rows < MOST;
     }
 };
 
@@ -125,15 +127,20 @@ struct DenseItem {
     }
 };
 
+/* fad_get_sequence() where DenseWork holds: what the compiler knows of the call makes it short. */
+static __device__ __forceinline__ fad_sequence dense_sequence(const fad_attn_problem &p, int b) {
+    fad_attn_problem plain = p;
+    plain.cu_seqlens_q = plain.cu_seqlens_k = plain.k_pos = nullptr;
+    plain.B = INT64_MAX;
+    return fad_get_sequence(&plain, b);
+}
+
 /* find_item() where DenseWork holds, in few instructions, by one thread: the tile, */
 static __device__ void find_dense_tile(const fad_attn_problem &p, const DenseWork &dense, int rows, unsigned number,
                                        Tile &t) {
     const DenseItem item(dense, rows, number);
     const int i0 = dense.group.quotient(item.row0), group = dense.group_size;
-    fad_attn_problem plain = p; /* what the compiler knows of it makes fad_get_sequence short */
-    plain.cu_seqlens_q = plain.cu_seqlens_k = plain.k_pos = nullptr;
-    plain.B = INT64_MAX;
-    t.seq = fad_get_sequence(&plain, item.b);
+    t.seq = dense_sequence(p, item.b);
     t.exists = true;
     t.head_k = item.head;
     t.i0 = i0;

@@ -111,7 +111,10 @@ inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, v
 /* ---- ptx.cuh ---- */
 
 inline unsigned shared_address(const void *p) { return (unsigned)((const char *)p - shared_memory); }
+inline uint64_t keep_as_usual() { return 0; }
+inline uint64_t read_once() { return 0; }
 inline void cp_async16(void *to, const void *from, int bytes) { emulation::copy16(to, from, bytes); }
+inline void cp_async16(void *to, const void *from, int bytes, uint64_t) { emulation::copy16(to, from, bytes); }
 inline void cp_async_commit() { emulation::commit_copies(); }
 template <int PENDING> inline void cp_async_wait() { emulation::wait_copies(PENDING); }
 typedef uint64_t MemoryBarrier;
@@ -189,8 +192,6 @@ inline bool barrier_test(MemoryBarrier &barrier, unsigned parity) { return emula
 inline bool barrier_done(MemoryBarrier &barrier, unsigned parity) { return emulation::barrier_test(barrier, parity); }
 inline void fence_async_proxy() {}
 inline void prefetch_map(const CUtensorMap &) {}
-inline uint64_t keep_as_usual() { return 0; }
-inline uint64_t read_once() { return 0; }
 inline void copy_box(void *to, const CUtensorMap &map, MemoryBarrier &barrier, int dim, int row, int head, int batch,
                      uint64_t) {
     emulation::copy_box(to, map, barrier, dim, row, head, batch);
@@ -200,6 +201,7 @@ template <int REGISTERS> inline void take_registers() {}
 inline void prefetch_line(const void *) {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulation::commit_matrices(); }
+inline void renew(float &) {}
 template <int PENDING> inline void wgmma_wait() { emulation::wait_matrices(PENDING); }
 
 inline uint64_t matrix_descriptor(const void *start, int across) {
