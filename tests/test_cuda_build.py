@@ -117,15 +117,15 @@ def test_matrix_instructions_are_not_serialised(build, name):
 
 
 EX2 = "ex2.approx.ftz.f32"  # the only instruction whose bits are not IEEE's that N7 names besides the matrix step's
-# Sums that are only asked whether they are finite: of finished results, two by two (QuotientRange in mma_output.cuh),
-# and of values times zero (check_values in hopper_tile_producer.cuh).
+# Sums that are only asked whether they are finite: of finished results, two by two (QuotientRange in mma_output.cuh and
+# stage_gradients in mma_backward_tile.cuh), and of values times zero (check_values in hopper_tile_producer.cuh).
 FINITE = {"bf16": {"fma.rn.bf16x2"}, "fp16": {"add.rn.f16x2"}}
 CHECKED = {"hopper_tile_fp16": {"fma.rn.f16x2"}}
 
 
 def allowed_in(name: str) -> frozenset[str]:
     """What forbidden() lets pass in a source of csrc/cuda."""
-    finishes = re.fullmatch(r"(?:mma|hopper)_(?:decode|tile|cluster)_(bf16|fp16)", name)
+    finishes = re.fullmatch(r"(?:mma|hopper)_(?:decode|tile|cluster|backward(?:_keys|_rows)?)_(bf16|fp16)", name)
     finite = FINITE[finishes[1]] | CHECKED.get(name, set()) if finishes else set()
     return frozenset(finite | ({EX2} if name in TENSOR_CORES else set()))
 
@@ -211,7 +211,7 @@ def test_ptx_check_allows_little():
     assert allowed_in("hopper_tile_bf16") == {EX2} | FINITE["bf16"]
     assert allowed_in("hopper_tile_fp16") == {EX2} | FINITE["fp16"] | CHECKED["hopper_tile_fp16"]
     assert allowed_in("mma_decode_fp16") == {EX2} | FINITE["fp16"]
-    assert allowed_in("mma_backward_keys_bf16") == {EX2}
+    assert allowed_in("mma_backward_keys_bf16") == {EX2} | FINITE["bf16"]
     assert allowed_in("fma_forward") == set()
 
 

@@ -6,26 +6,28 @@
 
 #include <cuda.h>
 
-struct HopperBackwardKernel {
+template <class Tiles> struct HopperBackwardKernel {
     int dims, tile;        /* largest D and Dv; keys or rows of its tile */
     int threads, box_rows; /* copied at a time, of what it walks */
     size_t shared_bytes;
     /* a, b: what it walks, for the copy engine: q and dout for dk and dv, k and v for dq. */
-    void (*run)(fad_attn_problem p, fad_attn_problem gradient, RowSums sums, CUtensorMap a, CUtensorMap b);
+    void (*run)(fad_attn_problem p, fad_attn_problem gradient, RowSums sums, Tiles tiles, CUtensorMap a, CUtensorMap b);
 };
 
 /* By dims, ascending. */
-struct HopperBackwardKernels {
-    const HopperBackwardKernel *begin, *end;
+template <class Tiles> struct HopperBackwardKernels {
+    const HopperBackwardKernel<Tiles> *begin, *end;
 };
-template <int N> static HopperBackwardKernels list_kernels(const HopperBackwardKernel (&table)[N]) {
+template <class Tiles, int N>
+static HopperBackwardKernels<Tiles> list_kernels(const HopperBackwardKernel<Tiles> (&table)[N]) {
     return {table, table + N};
 }
-HopperBackwardKernels hopper_backward_keys_bf16(), hopper_backward_keys_fp16(), hopper_backward_rows_bf16(),
-    hopper_backward_rows_fp16();
+HopperBackwardKernels<KeyTiles> hopper_backward_keys_bf16(), hopper_backward_keys_fp16();
+HopperBackwardKernels<Work> hopper_backward_rows_bf16(), hopper_backward_rows_fp16();
 
 struct HopperBackwardPlan {
-    const HopperBackwardKernel *keys, *rows;
+    const HopperBackwardKernel<KeyTiles> *keys;
+    const HopperBackwardKernel<Work> *rows;
     CUtensorMap q, dout, k, v;
 };
 

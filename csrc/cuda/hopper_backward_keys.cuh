@@ -47,7 +47,7 @@ template <class S, KeyGradientPart PART> struct HopperKeyGradient {
     const fad_attn_problem &p;
     const fad_attn_problem &gradient;
     HopperKeyGradientShared<S> &sm;
-    const ScoreRule rule;
+    const ScoreRule &rule;
     const int group = uniform(threadIdx.x / GROUP_THREADS - 1), lane = threadIdx.x % 32;
     const int owner = S::PAIRED ? 0 : group;
     const int first_of_warp = uniform(threadIdx.x % GROUP_THREADS / 32 * 16); /* of the owner's keys */
@@ -58,8 +58,8 @@ template <class S, KeyGradientPart PART> struct HopperKeyGradient {
     Fragments<1, S::DIMS> dk, dv;
 
     __device__ HopperKeyGradient(const fad_attn_problem &problem, const fad_attn_problem &of_gradient,
-                                 HopperKeyGradientShared<S> &shared)
-        : p(problem), gradient(of_gradient), sm(shared), rule(problem), left(count_steps<S>(shared.t)) {
+                                 const ScoreRule &of_call, HopperKeyGradientShared<S> &shared)
+        : p(problem), gradient(of_gradient), sm(shared), rule(of_call), left(count_steps<S>(shared.t)) {
         clear<1, S::DIMS>(dk);
         clear<1, S::DIMS>(dv);
     }
@@ -245,22 +245,24 @@ template <class S, KeyGradientPart PART> struct HopperKeyGradient {
         wgmma_wait<0>();
     }
 
-    /* The owner's gradients, from where its keys lay, to rows of the buffer. */
-    __device__ __forceinline__ void store_keys(Matrix<GROUP_ROWS, S::D> &place, const Fragments<1, S::DIMS> &sum,
-                                               float factor, const fad_view &view, int64_t first_key,
-                                               int64_t dims) const {
+    /* The gradients of the owner's keys, by way of where those lay, to rows of the buffer. */
+    __device__ __forceinline__ void store_sums() const {
+        constexpr int STEP = GROUP_THREADS / (S::D / 8);
         const KeyTile &t = sm.t;
-        const int64_t row = t.first + owner * GROUP_ROWS;
-        char *const to = (char *)view.data + 2 * (first_key + row * view.stride_s + t.head_k * view.stride_h);
-        stage<S::T, S::DIMS>(place, first_of_warp, sum, factor,
-                             [&](int r) { return owner * GROUP_ROWS + r >= t.lo && owner * GROUP_ROWS + r < t.hi; });
-        named_barrier_sync(1 + group, GROUP_THREADS); /* the gradients are staged */
-#pragma unroll 2
-        for (int at = threadIdx.x % GROUP_THREADS; at < GROUP_ROWS * place.CHUNKS; at += GROUP_THREADS) {
-            const int r = at / place.CHUNKS, chunk = at % place.CHUNKS;
-            if (owner * GROUP_ROWS + r < t.n_rows && chunk * 8 < dims)
-                *(uint4 *)(to + 2 * (r * view.stride_s + chunk * 8)) = *place.chunk(r, chunk);
-        }
+        const int first = owner * GROUP_ROWS, of_thread = first + threadIdx.x % GROUP_THREADS / (S::D / 8);
+        auto is_key = [&](int r) { return first + r >= t.lo && first + r < t.hi; };
+        bool not_finite = false;
+        if constexpr (OF_DV)
+            not_finite |= stage<S::T, S::DIMS>(sm.k[owner], first_of_warp, dv, 1, is_key);
+        if constexpr (OF_DK)
+            not_finite |= stage<S::T, S::DIMS>(sm.v[owner], first_of_warp, dk, (float)p.scale, is_key);
+        not_finite = named_barrier_or(1 + group, GROUP_THREADS, not_finite); /* the gradients are staged */
+        if constexpr (OF_DV)
+            store<S::T>(gradient.v, KeyWalk<STEP>(gradient.v, t.gradient.v, t, of_thread), t.n_rows - first, p.Dv,
+                        not_finite, sm.k[owner]);
+        if constexpr (OF_DK)
+            store<S::T>(gradient.k, KeyWalk<STEP>(gradient.k, t.gradient.k, t, of_thread), t.n_rows - first, p.D,
+                        not_finite, sm.v[owner]);
     }
 
     __device__ __forceinline__ void run() {
@@ -277,23 +279,19 @@ template <class S, KeyGradientPart PART> struct HopperKeyGradient {
             run_steps();
         }
         named_barrier_sync(1 + group, GROUP_THREADS); /* and overwritten */
-        if constexpr (OF_DV)
-            store_keys(sm.k[owner], dv, 1, gradient.v, t.gradient.v, p.Dv);
-        if constexpr (OF_DK)
-            store_keys(sm.v[owner], dk, (float)p.scale, gradient.k, t.gradient.k, p.D);
+        store_sums();
     }
 };
 
 template <class S>
 __global__ void __launch_bounds__(S::THREADS, 1)
     hopper_backward_keys(const __grid_constant__ fad_attn_problem p, const __grid_constant__ fad_attn_problem gradient,
-                         const __grid_constant__ RowSums sums, const __grid_constant__ CUtensorMap q_map,
-                         const __grid_constant__ CUtensorMap dout_map) {
+                         const __grid_constant__ RowSums sums, const __grid_constant__ KeyTiles tiles,
+                         const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map) {
     extern __shared__ __align__(1024) char hopper_memory[];
     HopperKeyGradientShared<S> &sm = *(HopperKeyGradientShared<S> *)hopper_memory;
-    if (threadIdx.x < 32) {
-        locate_keys(p, gradient, S::TILE, blockIdx.x, sm.t);
-    } else if (threadIdx.x == 32) {
+    allow_next_kernel();
+    if (threadIdx.x == 64) {
         for (int i = 0; i < S::SLOTS; i++) {
             barrier_init(sm.full[i], 2); /* the copies, and the warp of the sums */
             barrier_init(sm.empty[i], S::CONSUMING_WARPS);
@@ -302,8 +300,7 @@ __global__ void __launch_bounds__(S::THREADS, 1)
         }
         fence_barrier_init();
     }
-    __syncthreads(); /* the tile may be read, barriers be used */
-    if (!sm.t.exists)
+    if (!share_key_tile(p, gradient, tiles, S::TILE, sm.t)) /* and barriers may be used */
         return;
     if (threadIdx.x < GROUP_THREADS) {
         give_registers<S::PRODUCER_REGISTERS>();
@@ -315,15 +312,15 @@ __global__ void __launch_bounds__(S::THREADS, 1)
     } else {
         take_registers<S::CONSUMER_REGISTERS>();
         if constexpr (!S::PAIRED)
-            HopperKeyGradient<S, DK_AND_DV>(p, gradient, sm).run();
+            HopperKeyGradient<S, DK_AND_DV>(p, gradient, tiles.rule, sm).run();
         else if (uniform(threadIdx.x / GROUP_THREADS) == 1)
-            HopperKeyGradient<S, DV_OF_PAIR>(p, gradient, sm).run();
+            HopperKeyGradient<S, DV_OF_PAIR>(p, gradient, tiles.rule, sm).run();
         else
-            HopperKeyGradient<S, DK_OF_PAIR>(p, gradient, sm).run();
+            HopperKeyGradient<S, DK_OF_PAIR>(p, gradient, tiles.rule, sm).run();
     }
 }
 
-template <class S> static HopperBackwardKernel hopper_backward_keys_of() {
+template <class S> static HopperBackwardKernel<KeyTiles> hopper_backward_keys_of() {
     static_assert(sizeof(HopperKeyGradientShared<S>) <= 227 * 1024, "more shared memory than a thread block can have");
     return {S::D, S::TILE, S::THREADS, S::ROWS, sizeof(HopperKeyGradientShared<S>), hopper_backward_keys<S>};
 }

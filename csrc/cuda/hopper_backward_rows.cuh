@@ -22,6 +22,7 @@ template <class S> struct HopperRowGradientShared {
     Matrix<S::KEYS, S::D> k[S::K_SLOTS], v[S::V_SLOTS];
     Matrix<GROUP_ROWS, S::D> q[S::CONSUMERS], dout[S::CONSUMERS]; /* q: and dq, staged */
     RowTable<S::TILE> rows;
+    bool has_terms[S::TILE];
     Tile t;
     fad_sequence gradient; /* where the tile's sequence lies in gradients */
     KeyRange range;
@@ -77,7 +78,7 @@ template <class S> struct HopperRowGradient {
     const fad_attn_problem &p;
     const fad_attn_problem &gradient;
     HopperRowGradientShared<S> &sm;
-    const ScoreRule rule;
+    const ScoreRule &rule;
     const int group = uniform(threadIdx.x / GROUP_THREADS - 1), lane = threadIdx.x % 32;
     const int first_of_warp = uniform(threadIdx.x % GROUP_THREADS / 32 * 16); /* row of the group */
     const uint64_t q = rows_of(sm.q[group]), k = rows_of(sm.k[0]), v = rows_of(sm.v[0]);
@@ -88,30 +89,32 @@ template <class S> struct HopperRowGradient {
     Fragments<1, S::DIMS> dq;
 
     __device__ HopperRowGradient(const fad_attn_problem &problem, const fad_attn_problem &of_gradient,
-                                 HopperRowGradientShared<S> &shared)
-        : p(problem), gradient(of_gradient), sm(shared), rule(problem) {
+                                 const ScoreRule &of_call, HopperRowGradientShared<S> &shared)
+        : p(problem), gradient(of_gradient), sm(shared), rule(of_call) {
         clear<1, S::DIMS>(dq);
     }
 
     __device__ __forceinline__ int row() const { return group * GROUP_ROWS + first_of_warp + lane / 4; }
 
+    /* Rows of a chunk's column are STEP apart for each thread. */
+    static constexpr int CHUNKS = S::D / 8, STEP = GROUP_THREADS / CHUNKS;
+    __device__ __forceinline__ RowWalk<STEP> rows_of_thread(const fad_view &view, int64_t first_element) const {
+        return {view, first_element, sm.t, group * GROUP_ROWS + (int)threadIdx.x % GROUP_THREADS / CHUNKS};
+    }
     __device__ __forceinline__ void load_rows_of_group(Matrix<GROUP_ROWS, S::D> &to, const fad_view &view,
                                                        int64_t first_element, int64_t dims) const {
-#pragma unroll 2
-        for (int at = threadIdx.x % GROUP_THREADS; at < GROUP_ROWS * to.CHUNKS; at += GROUP_THREADS) {
-            const int r = at / to.CHUNKS, chunk = at % to.CHUNKS, in_tile = group * GROUP_ROWS + r;
-            const Row row = row_of(sm.t, in_tile);
-            const int64_t first = first_element + row.i * view.stride_s + row.h * view.stride_h;
-            cp_async16(to.chunk(r, chunk), (const char *)view.data + 2 * (first + chunk * 8),
-                       in_tile < sm.t.n_active && chunk * 8 < dims ? 16 : 0);
-        }
+        const int chunk = threadIdx.x % CHUNKS, first = threadIdx.x % GROUP_THREADS / CHUNKS,
+                  end = chunk * 8 < dims ? sm.t.n_active - group * GROUP_ROWS : 0;
+        auto walk = rows_of_thread(view, first_element);
+#pragma unroll 8
+        for (int r = first; r < GROUP_ROWS; r += STEP, walk.advance())
+            cp_async16(to.chunk(r, chunk), (const char *)view.data + walk.at + chunk * 16, r < end ? 16 : 0);
     }
 
-    /* Where row r of the group is in RowSums; negative: it is not active, and is taken for zeros, without terms. */
+    /* Where row r of the tile is in RowSums; negative: it is not active, and is taken for zeros, without terms. */
     __device__ __forceinline__ int64_t sum_of(int r) const {
-        const int in_tile = group * GROUP_ROWS + r;
-        const Row row = row_of(sm.t, in_tile);
-        return in_tile < sm.t.n_active ? first_row_sum(p, sm.t.seq.index, row.h) + row.i : -1;
+        const Row row = row_of(sm.t, r);
+        return r < sm.t.n_active ? first_row_sum(p, sm.t.seq.index, row.h) + row.i : -1;
     }
 
     /* Everything about the tile's rows. */
@@ -119,13 +122,19 @@ template <class S> struct HopperRowGradient {
         load_rows_of_group(sm.q[group], p.q, sm.t.seq.q, p.D);
         load_rows_of_group(sm.dout[group], gradient.out, sm.gradient.out, p.Dv);
         cp_async_commit();
-        sm.rows.fill(p, sm.t, sm.range, threadIdx.x - GROUP_THREADS, S::CONSUMER_THREADS);
+        static_assert(S::TILE <= S::CONSUMER_THREADS, "a thread for each row");
+        const int r = threadIdx.x - GROUP_THREADS;
+        const int64_t own = r < S::TILE ? sum_of(r) : -1;
+        const int state = own >= 0 ? sums.state[own] : 0; /* asked for before it is needed, as what follows */
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int64_t at = sum_of(first_of_warp + lane / 4 + half * 8);
+            const int64_t at = sum_of(row() + half * 8);
             mine.l[half] = at >= 0 ? sums.log2_sum[at] : 0;
             mine.d[half] = at >= 0 ? sums.delta[at] : 0;
         }
+        sm.rows.fill(p, sm.t, sm.range, threadIdx.x - GROUP_THREADS, S::CONSUMER_THREADS);
+        if (r < S::TILE)
+            sm.has_terms[r] = state & ROW_HAS_TERMS;
         cp_async_wait<0>();
         fence_async_proxy();
         named_barrier_sync(ALL_CONSUMERS, S::CONSUMER_THREADS); /* rows and what is known of them may be read */
@@ -219,18 +228,13 @@ template <class S> struct HopperRowGradient {
         wgmma_wait<0>();
     }
 
-    /* The group's dq, staged, to rows of the buffer. */
-    __device__ __forceinline__ void store() const {
-        const Tile &t = sm.t;
-        Matrix<GROUP_ROWS, S::D> &staged = sm.q[group];
-#pragma unroll 2
-        for (int at = threadIdx.x % GROUP_THREADS; at < GROUP_ROWS * staged.CHUNKS; at += GROUP_THREADS) {
-            const int r = at / staged.CHUNKS, chunk = at % staged.CHUNKS, in_tile = group * GROUP_ROWS + r;
-            const Row row = row_of(t, in_tile);
-            const int64_t to = sm.gradient.q + row.i * gradient.q.stride_s + row.h * gradient.q.stride_h;
-            if (in_tile < t.n_rows && chunk * 8 < p.D)
-                *(uint4 *)((uint16_t *)gradient.q.data + to + chunk * 8) = *staged.chunk(r, chunk);
-        }
+    /* The group's dq, by way of where its q lay, to rows of the buffer. */
+    __device__ __forceinline__ void store_sums() const {
+        const int first = group * GROUP_ROWS;
+        const bool not_finite = stage<S::T, S::DIMS>(sm.q[group], first_of_warp, dq, (float)p.scale,
+                                                     [&](int r) { return sm.has_terms[first + r]; });
+        store<S::T>(gradient.q, rows_of_thread(gradient.q, sm.gradient.q), sm.t.n_rows - first, p.D,
+                    named_barrier_or(1 + group, GROUP_THREADS, not_finite) /* dq is staged */, sm.q[group]);
     }
 
     __device__ __forceinline__ void run(const RowSums &sums) {
@@ -238,28 +242,18 @@ template <class S> struct HopperRowGradient {
         if (steps > 0)
             run_steps();
         named_barrier_sync(1 + group, GROUP_THREADS); /* the group's q may be overwritten */
-        stage<S::T, S::DIMS>(sm.q[group], first_of_warp, dq, (float)p.scale, [&](int r) {
-            const int64_t at = sum_of(r);
-            return at >= 0 && (sums.state[at] & ROW_HAS_TERMS);
-        });
-        named_barrier_sync(1 + group, GROUP_THREADS); /* dq is staged */
-        store();
+        store_sums();
     }
 };
 
 template <class S>
 __global__ void __launch_bounds__(S::THREADS, 1)
     hopper_backward_rows(const __grid_constant__ fad_attn_problem p, const __grid_constant__ fad_attn_problem gradient,
-                         const __grid_constant__ RowSums sums, const __grid_constant__ CUtensorMap k_map,
-                         const __grid_constant__ CUtensorMap v_map) {
+                         const __grid_constant__ RowSums sums, const __grid_constant__ Work tiles,
+                         const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map) {
     extern __shared__ __align__(1024) char hopper_memory[];
     HopperRowGradientShared<S> &sm = *(HopperRowGradientShared<S> *)hopper_memory;
-    if (threadIdx.x < 32) {
-        if (locate_tile(p, S::TILE, blockIdx.x, sm.t) && threadIdx.x == 0) {
-            set_key_range(p, sm.t, 0, MOST_SPLITS, sm.range);
-            sm.gradient = fad_get_sequence(&gradient, sm.t.seq.index);
-        }
-    } else if (threadIdx.x == 32) {
+    if (threadIdx.x == 96) {
         for (int i = 0; i < S::K_SLOTS; i++) {
             barrier_init(sm.k_full[i], 1);
             barrier_init(sm.k_empty[i], S::CONSUMING_WARPS);
@@ -270,20 +264,20 @@ __global__ void __launch_bounds__(S::THREADS, 1)
         }
         fence_barrier_init();
     }
-    __syncthreads(); /* tile and range may be read, barriers be used */
-    if (!sm.t.exists)
-        return;
-    if (threadIdx.x < GROUP_THREADS) {
+    const bool exists =
+        share_row_tile(p, gradient, tiles, S::TILE, sm.t, sm.range, sm.gradient); /* and barriers may be used */
+    if (exists && threadIdx.x < GROUP_THREADS) {
         give_registers<S::PRODUCER_REGISTERS>();
         if (threadIdx.x < 32)
             produce_blocks<S>(p, k_map, v_map, sm);
-    } else {
+    } else if (exists) {
         take_registers<S::CONSUMER_REGISTERS>();
-        HopperRowGradient<S>(p, gradient, sm).run(sums);
+        HopperRowGradient<S>(p, gradient, tiles.rule, sm).run(sums);
     }
+    end_behind_last_kernel();
 }
 
-template <class S> static HopperBackwardKernel hopper_backward_rows_of() {
+template <class S> static HopperBackwardKernel<Work> hopper_backward_rows_of() {
     static_assert(sizeof(HopperRowGradientShared<S>) <= 227 * 1024, "more shared memory than a thread block can have");
     return {S::D, S::TILE, S::THREADS, S::KEYS, sizeof(HopperRowGradientShared<S>), hopper_backward_rows<S>};
 }

@@ -166,14 +166,24 @@ template <class Roles, int ROWS, int D> static __device__ __forceinline__ void z
     named_barrier_sync(ALL_CONSUMERS, Roles::CONSUMER_THREADS); /* the zeros may be read */
 }
 
-/* Rows first .. first + 15 of a group's gradients, staged; wanted(r) as for stage_gradients. */
+/* Rows first .. first + 15 of a group's gradients, staged, as stage_gradients does. */
 template <fad_dtype T, int N, int D, class Wanted>
-static __device__ __forceinline__ void stage(Matrix<GROUP_ROWS, D> &to, int first, const Fragments<1, N> &sum,
+static __device__ __forceinline__ bool stage(Matrix<GROUP_ROWS, D> &to, int first, const Fragments<1, N> &sum,
                                              float factor, Wanted wanted) {
+    bool not_finite = false;
 #pragma unroll
     for (int piece = 0; piece < to.PIECES; piece++)
-        stage_gradients<T, 8, 1, 8>(to.piece[piece], first, 0, *(const Fragments<1, 8> *)&sum[0][piece * 8], factor,
-                                    wanted);
+        not_finite |= stage_gradients<T, 8, 1, 8>(to.piece[piece], first, 0,
+                                                  *(const Fragments<1, 8> *)&sum[0][piece * 8], factor, wanted);
+    return not_finite;
+}
+/* A group's staged gradients to rows of the buffer. */
+template <fad_dtype T, int D, class Walk>
+static __device__ __forceinline__ void store(const fad_view &view, const Walk &walk, int n_rows, int64_t dims,
+                                             bool not_finite, Matrix<GROUP_ROWS, D> &staged) {
+    store_gradients<T, GROUP_ROWS, D / 8, GROUP_THREADS>(view, walk, n_rows, dims, threadIdx.x % GROUP_THREADS,
+                                                         not_finite,
+                                                         [&](int r, int chunk) { return staged.chunk(r, chunk); });
 }
 
 /* One lane for the warp. */

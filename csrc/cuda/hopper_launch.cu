@@ -69,9 +69,11 @@ bool describe_keys(const fad_attn_problem *p, const HopperKernel &kernel, CUtens
 }
 
 /* The kernel of the call's head dims. */
-static const HopperBackwardKernel *find_backward(const fad_attn_problem *p, const HopperBackwardKernels &table) {
+template <class Tiles>
+static const HopperBackwardKernel<Tiles> *find_backward(const fad_attn_problem *p,
+                                                        const HopperBackwardKernels<Tiles> &table) {
     const int64_t dims = max(p->D, p->Dv);
-    for (const HopperBackwardKernel *k = table.begin; k < table.end; k++)
+    for (const HopperBackwardKernel<Tiles> *k = table.begin; k < table.end; k++)
         if (k->dims >= dims)
             return k;
     return nullptr;

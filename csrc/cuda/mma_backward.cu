@@ -5,21 +5,24 @@
 #include "mma_check.cuh"
 
 /* A kernel, and how many stages its pipeline has on this device. */
-struct Choice {
-    const BackwardKernel *kernel;
+template <class Tiles> struct Choice {
+    const BackwardKernel<Tiles> *kernel;
     int stages;
 };
 
 struct Plan {
-    Choice keys, rows; /* generic kernels */
+    Choice<KeyTiles> keys; /* generic kernels */
+    Choice<Work> rows;
     Device device;
 };
 
 /* The best kernel that the device's shared memory holds; a forced tile_rows chooses among those of the same dims. */
-static Choice choose_kernel(const fad_attn_problem *p, const BackwardKernels &table, size_t shared_bytes) {
+template <class Tiles>
+static Choice<Tiles> choose_kernel(const fad_attn_problem *p, const BackwardKernels<Tiles> &table,
+                                   size_t shared_bytes) {
     const int64_t dims = max(p->D, p->Dv), forced = fad_core->forced_schedule()->tile_rows;
-    Choice best = {nullptr, 0};
-    for (const BackwardKernel *k = table.begin; k < table.end; k++) {
+    Choice<Tiles> best = {nullptr, 0};
+    for (const BackwardKernel<Tiles> *k = table.begin; k < table.end; k++) {
         const bool narrowest = k->dims >= dims && (k->dims == 64 || k->dims / 2 < dims);
         const int stages = k->shared_bytes[1] <= shared_bytes ? 2 : k->shared_bytes[0] <= shared_bytes ? 1 : 0;
         if (narrowest && stages && (!best.kernel || (forced && best.kernel->tile > forced)))
@@ -78,6 +81,13 @@ static int64_t key_tile_bound(const fad_attn_problem *p, int keys) {
     return p->Hk * (p->Sk / keys + fad_sequence_count(p));
 }
 
+/* Tiles of query rows, each an item of the forward's kind with all of its splits. */
+static Work row_tiles_of(const fad_attn_problem *p, int rows) {
+    const int64_t tiles = tile_bound(*p, rows), splits = fad_split_capacity(p) + 1;
+    return {
+        tiles, tiles, splits, nullptr, nullptr, {}, false, ScoreRule(*p), DenseWork(*p, rows, tiles, tiles, splits)};
+}
+
 /* Whether the Hopper kernels serve this call, and how. */
 static bool use_hopper(const fad_attn_problem *p, const fad_attn_gradients *g, const Plan &plan,
                        HopperBackwardPlan *hopper) {
@@ -99,24 +109,35 @@ fad_status mma_backward(const fad_attn_problem *p, const fad_attn_gradients *g, 
     TRY(make_plan(p, &plan));
     lay_out_sums(p, (char *)runtime->workspace, &sums);
     gradient.q = g->dq, gradient.k = g->dk, gradient.v = g->dv, gradient.out = g->dout, gradient.lse = g->dlse;
-    auto run = [&](const Choice &choice, int64_t tiles) {
-        const BackwardKernel &kernel = *choice.kernel;
-        return launch(kernel.run, tiles, kernel.threads, kernel.shared_bytes[choice.stages - 1], runtime->stream,
-                      {(size_t)plan.device.shared_bytes, false}, *p, gradient, sums, choice.stages);
-    };
-    TRY(launch(p->dtype == FAD_BFLOAT16 ? sum_rows<FAD_BFLOAT16> : sum_rows<FAD_FLOAT16>, tile_bound(*p, SUM_ROWS),
-               SUM_THREADS, 0, runtime->stream, {}, *p, gradient, sums));
-    if (use_hopper(p, g, plan, &hopper)) {
-        auto run_hopper = [&](const HopperBackwardKernel &kernel, int64_t tiles, const CUtensorMap &a,
-                              const CUtensorMap &b) {
-            return launch(kernel.run, tiles, kernel.threads, kernel.shared_bytes, runtime->stream,
-                          {(size_t)plan.device.shared_bytes, false}, *p, gradient, sums, a, b);
+    const Work sum_tiles = row_tiles_of(p, SUM_ROWS);
+    TRY(launch(p->dtype == FAD_BFLOAT16 ? sum_rows<FAD_BFLOAT16> : sum_rows<FAD_FLOAT16>, sum_tiles.n_items,
+               SUM_THREADS, 0, runtime->stream, {}, *p, gradient, sums, sum_tiles));
+    const bool by_hopper = use_hopper(p, g, plan, &hopper);
+    const int keys = by_hopper ? hopper.keys->tile : plan.keys.kernel->tile,
+              rows = by_hopper ? hopper.rows->tile : plan.rows.kernel->tile;
+    const KeyTiles key_tiles(*p, keys);
+    const Work row_tiles = row_tiles_of(p, rows);
+    const int64_t key_blocks = key_tile_bound(p, keys);
+    /* dq asks for nothing of dk and dv: its thread blocks may begin where those of the other kernel have run out. The sums are
+     * there when that one begins. */
+    const LaunchOptions after_sums = {(size_t)plan.device.shared_bytes, false},
+                        beside_keys = {(size_t)plan.device.shared_bytes, key_blocks > 0};
+    if (by_hopper) {
+        auto run = [&](const auto &kernel, const LaunchOptions &options, int64_t blocks, const auto &tiles,
+                       const CUtensorMap &a, const CUtensorMap &b) {
+            return launch(kernel.run, blocks, kernel.threads, kernel.shared_bytes, runtime->stream, options, *p,
+                          gradient, sums, tiles, a, b);
         };
-        TRY(run_hopper(*hopper.keys, key_tile_bound(p, hopper.keys->tile), hopper.q, hopper.dout));
-        TRY(run_hopper(*hopper.rows, tile_bound(*p, hopper.rows->tile), hopper.k, hopper.v));
+        TRY(run(*hopper.keys, after_sums, key_blocks, key_tiles, hopper.q, hopper.dout));
+        TRY(run(*hopper.rows, beside_keys, row_tiles.n_items, row_tiles, hopper.k, hopper.v));
     } else {
-        TRY(run(plan.keys, key_tile_bound(p, plan.keys.kernel->tile)));
-        TRY(run(plan.rows, tile_bound(*p, plan.rows.kernel->tile)));
+        auto run = [&](const auto &choice, const LaunchOptions &options, int64_t blocks, const auto &tiles) {
+            return launch(choice.kernel->run, blocks, choice.kernel->threads,
+                          choice.kernel->shared_bytes[choice.stages - 1], runtime->stream, options, *p, gradient, sums,
+                          tiles, choice.stages);
+        };
+        TRY(run(plan.keys, after_sums, key_blocks, key_tiles));
+        TRY(run(plan.rows, beside_keys, row_tiles.n_items, row_tiles));
     }
     return g->d_sinks ? launch(sum_sinks, p->Hq, SUM_THREADS, 0, runtime->stream, {}, *p, sums, (float *)g->d_sinks)
                       : FAD_OK;

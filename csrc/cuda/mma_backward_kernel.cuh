@@ -3,7 +3,7 @@
 #ifndef FAD_CUDA_MMA_BACKWARD_KERNEL_CUH
 #define FAD_CUDA_MMA_BACKWARD_KERNEL_CUH
 
-#include "locate.cuh"
+#include "work.cuh"
 
 /* Of a query row: whether its pairs are terms (N13), and whether its q or dout holds Inf or NaN (N11). */
 enum { ROW_HAS_TERMS = 1, ROW_NOT_FINITE = 2 };
@@ -21,21 +21,59 @@ __device__ inline int64_t first_row_sum(const fad_attn_problem &p, int64_t b, in
     return ((p.cu_seqlens_q ? 0 : b) * p.Hq + h) * p.Sq + first;
 }
 
-/* gradient: the problem with gradients in the places of tensors: dq, dk, dv of q, k, v; dout of out, dlse of lse. */
-typedef void (*BackwardKernelFunction)(fad_attn_problem p, fad_attn_problem gradient, RowSums sums, int stages);
+/* What a thread block needs to find its tile of keys, as DenseWork, and of the whole call. */
+struct KeyTiles {
+    bool valid; /* is_dense(), and 32 bits hold all numbers */
+    int of_sequence, of_head, group_size;
+    Divisor sequence, head;
+    ScoreRule rule;
 
-struct BackwardKernel {
+    __host__ KeyTiles(const fad_attn_problem &p, int keys)
+        : of_sequence(0), of_head(0), group_size((int)fad_group(&p)), sequence(1), head(1), rule(p) {
+        const int64_t tiles = (p.Sk + keys - 1) / keys;
+        valid = is_dense(p) && p.B * p.Hk * tiles < DenseWork::MOST;
+        if (!valid)
+            return;
+        of_head = (int)tiles;
+        of_sequence = (int)(tiles * p.Hk);
+        sequence = Divisor(max(of_sequence, 1));
+        head = Divisor(max(of_head, 1));
+    }
+};
+
+/* A tile of query rows is an item of the forward's kind with all of its splits. share_item(), and where the tile's sequence
+ * lies in gradients. */
+static __device__ bool share_row_tile(const fad_attn_problem &p, const fad_attn_problem &gradient, const Work &tiles,
+                                      int rows, Tile &t, KeyRange &range, fad_sequence &of_gradient) {
+    if (tiles.dense.valid) {
+        if (threadIdx.x == 64)
+            of_gradient = dense_sequence(gradient, DenseItem(tiles.dense, rows, blockIdx.x).b);
+        return share_item(p, tiles, rows, blockIdx.x, t, range);
+    }
+    if (!share_item(p, tiles, rows, blockIdx.x, t, range))
+        return false;
+    if (threadIdx.x == 0)
+        of_gradient = fad_get_sequence(&gradient, t.seq.index);
+    __syncthreads(); /* it may be read */
+    return true;
+}
+
+/* gradient: the problem with gradients in the places of tensors: dq, dk, dv of q, k, v; dout of out, dlse of lse. */
+template <class Tiles> struct BackwardKernel {
     int dims, tile; /* largest D and Dv; keys or rows of its tile */
     int threads;
     size_t shared_bytes[2]; /* with one stage of its pipeline, and with two */
-    BackwardKernelFunction run;
+    void (*run)(fad_attn_problem p, fad_attn_problem gradient, RowSums sums, Tiles tiles, int stages);
 };
 
 /* By dims, and of the same dims the best first; others need less shared memory. Of dk and dv, and of dq. */
-struct BackwardKernels {
-    const BackwardKernel *begin, *end;
+template <class Tiles> struct BackwardKernels {
+    const BackwardKernel<Tiles> *begin, *end;
 };
-template <int N> static BackwardKernels list_kernels(const BackwardKernel (&table)[N]) { return {table, table + N}; }
-BackwardKernels mma_backward_keys_bf16(), mma_backward_keys_fp16(), mma_backward_rows_bf16(), mma_backward_rows_fp16();
+template <class Tiles, int N> static BackwardKernels<Tiles> list_kernels(const BackwardKernel<Tiles> (&table)[N]) {
+    return {table, table + N};
+}
+BackwardKernels<KeyTiles> mma_backward_keys_bf16(), mma_backward_keys_fp16();
+BackwardKernels<Work> mma_backward_rows_bf16(), mma_backward_rows_fp16();
 
 #endif

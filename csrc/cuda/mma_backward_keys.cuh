@@ -30,9 +30,28 @@ struct KeyTile {
     bool exists;                /* false: the grid's bound was larger than the work */
 };
 
-/* Tile number `number`, by a whole warp, into shared memory. First keys first: under a causal
- * mask most rows see them. */
-static __device__ void locate_keys(const fad_attn_problem &p, const fad_attn_problem &gradient, int keys,
+/* What follows from t.seq, and from the kv head and the number of the tile's first row among the `owned` that begin with row
+ * first_owned. */
+static __device__ void set_key_tile(const fad_attn_problem &p, int group, int keys, int64_t owned, int64_t first_owned,
+                                    int64_t head_k, int64_t at, KeyTile &t) {
+    const fad_span &span = t.seq.span;
+    t.head_k = head_k;
+    t.first = at - (t.seq.k_row - first_owned);
+    t.n_rows = (int)min((int64_t)keys, owned - at);
+    t.lo = (int)fad_clamp(-t.first, 0, t.n_rows);
+    t.hi = (int)fad_clamp(span.n_k - t.first, t.lo, t.n_rows);
+    const int64_t shift = span.n_q - span.n_k; /* N2: key j stands where row j + shift does */
+    t.row = (int)(span.right < 0 ? 0 : fad_clamp(t.first + t.lo + shift - span.right, 0, span.n_q));
+    t.end_row = (int)(span.left < 0 ? span.n_q : fad_clamp(t.first + t.hi + shift + span.left, 0, span.n_q));
+    if (t.lo == t.hi)
+        t.row = t.end_row = 0;
+    t.sums = first_row_sum(p, t.seq.index, 0);
+    t.head = (int)head_k * group;
+    t.end_head = t.head + group;
+}
+
+/* Tile number `number`, by a whole warp, into shared memory. */
+static __device__ void locate_keys(const fad_attn_problem &p, const fad_attn_problem &gradient, int group, int keys,
                                    int64_t number, KeyTile &t) {
     auto tiles = [&](int64_t b) {
         int64_t first;
@@ -55,26 +74,46 @@ static __device__ void locate_keys(const fad_attn_problem &p, const fad_attn_pro
     t.exists = b >= 0;
     if (b >= 0) {
         int64_t first_owned;
-        const int64_t owned = fad_owned_rows(p.cu_seqlens_k, p.B, b, p.Sk, &first_owned);
+        const int64_t owned = fad_owned_rows(p.cu_seqlens_k, p.B, b, p.Sk, &first_owned),
+                      head_k = fad_quotient(number, per_head);
         t.seq = fad_get_sequence(&p, b);
         t.gradient = fad_get_sequence(&gradient, b);
-        t.head_k = fad_quotient(number, per_head);
-        const int64_t at = (number - t.head_k * per_head) * keys; /* rows of the sequence before the tile */
-        const fad_span &span = t.seq.span;
-        t.first = at - (t.seq.k_row - first_owned);
-        t.n_rows = (int)min((int64_t)keys, owned - at);
-        t.lo = (int)fad_clamp(-t.first, 0, t.n_rows);
-        t.hi = (int)fad_clamp(span.n_k - t.first, t.lo, t.n_rows);
-        const int64_t shift = span.n_q - span.n_k; /* N2: key j stands where row j + shift does */
-        t.row = (int)(span.right < 0 ? 0 : fad_clamp(t.first + t.lo + shift - span.right, 0, span.n_q));
-        t.end_row = (int)(span.left < 0 ? span.n_q : fad_clamp(t.first + t.hi + shift + span.left, 0, span.n_q));
-        if (t.lo == t.hi)
-            t.row = t.end_row = 0;
-        t.sums = first_row_sum(p, b, 0);
-        t.head = (int)(t.head_k * fad_group(&p));
-        t.end_head = t.head + (int)fad_group(&p);
+        set_key_tile(p, group, keys, owned, first_owned, head_k, (number - head_k * per_head) * keys, t);
     }
 }
+
+/* The thread block's tile, into shared memory; by all threads. First keys first: under a causal mask most rows see them. */
+static __device__ bool share_key_tile(const fad_attn_problem &p, const fad_attn_problem &gradient,
+                                      const KeyTiles &tiles, int keys, KeyTile &t) {
+    if (!tiles.valid) {
+        if (threadIdx.x < 32)
+            locate_keys(p, gradient, tiles.group_size, keys, blockIdx.x, t);
+    } else if (threadIdx.x == 0 || threadIdx.x == 32) {
+        const int b = tiles.sequence.quotient(blockIdx.x), of_sequence = blockIdx.x - b * tiles.of_sequence;
+        if (threadIdx.x == 0) {
+            const int head_k = tiles.head.quotient(of_sequence);
+            t.exists = true;
+            t.seq = dense_sequence(p, b);
+            set_key_tile(p, tiles.group_size, keys, p.Sk, 0, head_k, (of_sequence - head_k * tiles.of_head) * keys, t);
+        } else {
+            t.gradient = dense_sequence(gradient, b);
+        }
+    }
+    __syncthreads(); /* the tile may be read */
+    return t.exists;
+}
+
+/* Rows r, r + STEP, .. of a tile in a view of k's shape, as RowWalk. */
+template <int STEP_> struct KeyWalk {
+    static constexpr int STEP = STEP_;
+    int64_t at;
+    const int64_t step;
+
+    __device__ __forceinline__ KeyWalk(const fad_view &view, int64_t first_element, const KeyTile &t, int r)
+        : at(2 * (first_element + (t.first + r) * view.stride_s + t.head_k * view.stride_h)),
+          step(2 * STEP * view.stride_s) {}
+    __device__ __forceinline__ void advance() { at += step; }
+};
 
 /* Query rows on their way through the pipeline. */
 template <class S> struct QueryStage {
@@ -275,31 +314,15 @@ static __device__ __forceinline__ void load_queries(QueryStage<S> &to, const fad
     cp_async_commit();
 }
 
-/* A tile of gradients, staged in shared memory, to rows of the buffer. */
-template <class S>
-static __device__ __forceinline__ void store_keys(const fad_view &view, int64_t first_key, const KeyTile &t,
-                                                  const char *staged, int64_t dims) {
-    char *const to = (char *)view.data + 2 * (first_key + t.first * view.stride_s + t.head_k * view.stride_h);
-#pragma unroll 2
-    for (int at = threadIdx.x; at < S::KEYS * S::CHUNKS; at += S::THREADS) {
-        const int r = at / S::CHUNKS, chunk = at % S::CHUNKS;
-        if (r < t.n_rows && chunk * 8 < dims)
-            *(uint4 *)(to + 2 * (r * view.stride_s + chunk * 8)) =
-                *(const uint4 *)(staged + swizzled<S::CHUNKS>(r, chunk));
-    }
-}
-
 template <class S>
 __global__ void __launch_bounds__(S::THREADS, S::RESIDENT)
     mma_backward_keys(const __grid_constant__ fad_attn_problem p, const __grid_constant__ fad_attn_problem gradient,
-                      const __grid_constant__ RowSums sums, int stages) {
+                      const __grid_constant__ RowSums sums, const __grid_constant__ KeyTiles tiles, int stages) {
     extern __shared__ __align__(128) char shared_memory[];
     KeyGradientShared<S> &sm = *(KeyGradientShared<S> *)shared_memory;
     const KeyTile &t = sm.t;
-    if (threadIdx.x < 32)
-        locate_keys(p, gradient, S::KEYS, blockIdx.x, sm.t);
-    __syncthreads(); /* the tile may be read */
-    if (!t.exists)
+    allow_next_kernel();
+    if (!share_key_tile(p, gradient, tiles, S::KEYS, sm.t))
         return;
     KeyGradientWarp<S> warp(p, sm);
     auto load_keys = [&](char *to, const fad_view &view, int64_t first, int64_t dims) {
@@ -333,15 +356,21 @@ __global__ void __launch_bounds__(S::THREADS, S::RESIDENT)
     }
     __syncthreads(); /* k and v may be overwritten */
     auto is_key = [&](int r) { return r >= t.lo && r < t.hi; };
-    stage_gradients<S::T, S::CHUNKS, S::M, S::DIMS>(sm.k, warp.first, S::DIMS * warp.part, warp.dk, (float)p.scale,
-                                                    is_key);
-    stage_gradients<S::T, S::CHUNKS, S::M, S::DIMS>(sm.v, warp.first, S::DIMS * warp.part, warp.dv, 1, is_key);
-    __syncthreads(); /* dk and dv are staged */
-    store_keys<S>(gradient.k, t.gradient.k, t, sm.k, p.D);
-    store_keys<S>(gradient.v, t.gradient.v, t, sm.v, p.Dv);
+    const bool of_dk = stage_gradients<S::T, S::CHUNKS, S::M, S::DIMS>(sm.k, warp.first, S::DIMS * warp.part, warp.dk,
+                                                                       (float)p.scale, is_key),
+               of_dv = stage_gradients<S::T, S::CHUNKS, S::M, S::DIMS>(sm.v, warp.first, S::DIMS * warp.part, warp.dv,
+                                                                       1, is_key);
+    const bool not_finite = __syncthreads_or(of_dk | of_dv); /* dk and dv are staged */
+    auto store = [&](const fad_view &view, int64_t first_element, int64_t dims, char *staged) {
+        store_gradients<S::T, S::KEYS, S::CHUNKS, S::THREADS>(
+            view, KeyWalk<S::THREADS / S::CHUNKS>(view, first_element, t, threadIdx.x / S::CHUNKS), t.n_rows, dims,
+            threadIdx.x, not_finite, [&](int r, int chunk) { return staged + swizzled<S::CHUNKS>(r, chunk); });
+    };
+    store(gradient.k, t.gradient.k, p.D, sm.k);
+    store(gradient.v, t.gradient.v, p.Dv, sm.v);
 }
 
-template <class S> static BackwardKernel mma_backward_keys_of() {
+template <class S> static BackwardKernel<KeyTiles> mma_backward_keys_of() {
     constexpr size_t all = sizeof(KeyGradientShared<S>);
     return {S::D, S::KEYS, S::THREADS, {all - sizeof(QueryStage<S>), all}, mma_backward_keys<S>};
 }

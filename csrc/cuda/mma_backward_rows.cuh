@@ -54,12 +54,12 @@ template <class Shared> struct QueryRows {
 /* The part of a warp: rows first .. first + 16 M - 1 of the tile. */
 template <class S> struct RowGradientWarp {
     RowGradientShared<S> &sm;
-    const ScoreRule rule;
+    const ScoreRule &rule;
     const int first;
     Fragments<S::M, S::DIMS> dq;
 
-    __device__ RowGradientWarp(const fad_attn_problem &p, RowGradientShared<S> &shared)
-        : sm(shared), rule(p), first(threadIdx.x / 32 * S::M * 16) {
+    __device__ RowGradientWarp(const ScoreRule &of_call, RowGradientShared<S> &shared)
+        : sm(shared), rule(of_call), first(threadIdx.x / 32 * S::M * 16) {
         clear<S::M, S::DIMS>(dq);
     }
 
@@ -161,40 +161,36 @@ static __device__ __forceinline__ void walk_keys(RowGradientWarp<S> &warp, const
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::THREADS, S::RESIDENT)
-    mma_backward_rows(const __grid_constant__ fad_attn_problem p, const __grid_constant__ fad_attn_problem gradient,
-                      const __grid_constant__ RowSums sums, int stages) {
-    extern __shared__ __align__(128) char shared_memory[];
-    RowGradientShared<S> &sm = *(RowGradientShared<S> *)shared_memory;
+static __device__ __forceinline__ void find_row_gradients(const fad_attn_problem &p, const fad_attn_problem &gradient,
+                                                          const RowSums &sums, const ScoreRule &rule, int stages,
+                                                          RowGradientShared<S> &sm) {
     const Tile &t = sm.t;
-    if (threadIdx.x < 32 && locate_tile(p, S::ROWS, blockIdx.x, sm.t) && threadIdx.x == 0) {
-        set_key_range(p, t, 0, MOST_SPLITS, sm.range);
-        sm.gradient = fad_get_sequence(&gradient, t.seq.index);
-    }
-    __syncthreads(); /* tile and range may be read */
-    if (!t.exists)
-        return;
-    RowGradientWarp<S> warp(p, sm);
+    RowGradientWarp<S> warp(rule, sm);
     load_rows_of_tile(sm, p, gradient, sums);
     if (sm.range.blocks > 0)
         walk_keys(warp, p, stages);
     cp_async_wait<0>(); /* q is on its way where there is no key */
     __syncthreads();    /* states may be read, q overwritten */
-    stage_gradients<S::T, S::CHUNKS, S::M, S::DIMS>(sm.q, warp.first, 0, warp.dq, (float)p.scale,
-                                                    [&](int r) { return (sm.state[r] & ROW_HAS_TERMS) != 0; });
-    __syncthreads(); /* dq is staged */
-#pragma unroll 2
-    for (int at = threadIdx.x; at < S::ROWS * S::CHUNKS; at += S::THREADS) {
-        const int r = at / S::CHUNKS, chunk = at % S::CHUNKS;
-        const Row row = row_of(t, r);
-        const int64_t to = sm.gradient.q + row.i * gradient.q.stride_s + row.h * gradient.q.stride_h;
-        if (r < t.n_rows && chunk * 8 < p.D)
-            *(uint4 *)((uint16_t *)gradient.q.data + to + chunk * 8) =
-                *(const uint4 *)(sm.q + swizzled<S::CHUNKS>(r, chunk));
-    }
+    const bool of_dq = stage_gradients<S::T, S::CHUNKS, S::M, S::DIMS>(
+        sm.q, warp.first, 0, warp.dq, (float)p.scale, [&](int r) { return (sm.state[r] & ROW_HAS_TERMS) != 0; });
+    const bool not_finite = __syncthreads_or(of_dq); /* dq is staged */
+    store_gradients<S::T, S::ROWS, S::CHUNKS, S::THREADS>(
+        gradient.q, RowWalk<S::THREADS / S::CHUNKS>(gradient.q, sm.gradient.q, t, threadIdx.x / S::CHUNKS), t.n_rows,
+        p.D, threadIdx.x, not_finite, [&](int r, int chunk) { return sm.q + swizzled<S::CHUNKS>(r, chunk); });
 }
 
-template <class S> static BackwardKernel mma_backward_rows_of() {
+template <class S>
+__global__ void __launch_bounds__(S::THREADS, S::RESIDENT)
+    mma_backward_rows(const __grid_constant__ fad_attn_problem p, const __grid_constant__ fad_attn_problem gradient,
+                      const __grid_constant__ RowSums sums, const __grid_constant__ Work tiles, int stages) {
+    extern __shared__ __align__(128) char shared_memory[];
+    RowGradientShared<S> &sm = *(RowGradientShared<S> *)shared_memory;
+    if (share_row_tile(p, gradient, tiles, S::ROWS, sm.t, sm.range, sm.gradient))
+        find_row_gradients(p, gradient, sums, tiles.rule, stages, sm);
+    end_behind_last_kernel();
+}
+
+template <class S> static BackwardKernel<Work> mma_backward_rows_of() {
     constexpr size_t all = sizeof(RowGradientShared<S>);
     return {S::D, S::ROWS, S::THREADS, {all - sizeof(KeyStage<S>), all}, mma_backward_rows<S>};
 }

@@ -1,7 +1,7 @@
 #include "mma_backward_rows.cuh"
 
-BackwardKernels mma_backward_rows_fp16() {
-    static const BackwardKernel kernels[] = {
+BackwardKernels<Work> mma_backward_rows_fp16() {
+    static const BackwardKernel<Work> kernels[] = {
         mma_backward_rows_of<RowGradientShape<FAD_FLOAT16, 64, 2, 4, 32, 2>>(),
         mma_backward_rows_of<RowGradientShape<FAD_FLOAT16, 128, 2, 4, 32, 2>>(),
         mma_backward_rows_of<RowGradientShape<FAD_FLOAT16, 256, 1, 8, 32, 1>>(),

@@ -30,13 +30,11 @@ static __device__ __forceinline__ uint4 load_chunk(const uint4 *row, int chunk, 
 template <fad_dtype T>
 static __global__ void __launch_bounds__(SUM_THREADS)
     sum_rows(const __grid_constant__ fad_attn_problem p, const __grid_constant__ fad_attn_problem gradient,
-             const __grid_constant__ RowSums sums) {
+             const __grid_constant__ RowSums sums, const __grid_constant__ Work tiles) {
     __shared__ Tile t;
+    __shared__ KeyRange range;
     __shared__ fad_sequence of_gradient;
-    if (threadIdx.x < 32 && locate_tile(p, SUM_ROWS, blockIdx.x, t) && threadIdx.x == 0)
-        of_gradient = fad_get_sequence(&gradient, t.seq.index);
-    __syncthreads(); /* the tile may be read */
-    if (!t.exists)
+    if (!share_row_tile(p, gradient, tiles, SUM_ROWS, t, range, of_gradient))
         return;
     const int r = threadIdx.x / ROW_LANES, lane = threadIdx.x % ROW_LANES;
     const bool active = r < t.n_active;

@@ -8,6 +8,12 @@
 #include "mma_output.cuh"
 #include "mma_values.cuh"
 
+/* At the end of a kernel that does not need the one before it, beside which it may run: who waits for it waits for both. */
+static __device__ __forceinline__ void end_behind_last_kernel() {
+    if (blockIdx.x + 1 == gridDim.x) /* one thread block is enough, and others make room */
+        wait_for_last_kernel();
+}
+
 template <int M, int N> using Fragments = float[M][N][4];
 
 template <int M, int N> static __device__ __forceinline__ void clear(Fragments<M, N> &x) {
@@ -204,11 +210,12 @@ static __device__ __forceinline__ void round_fragment(unsigned (&a)[4], const fl
 }
 
 /* N13, N9: sums to gradients, rounded, in a tile; rows first .. first + 16 M - 1, 8 N dims from chunk first_chunk on.
- * Rows that wanted(r) does not want are zeros. */
+ * Rows that wanted(r) does not want are zeros. NaN has other bits than the contract's; returns whether there may be one. */
 template <fad_dtype T, int CHUNKS, int M, int N, class Wanted>
-static __device__ __forceinline__ void stage_gradients(char *tile, int first, int first_chunk,
+static __device__ __forceinline__ bool stage_gradients(char *tile, int first, int first_chunk,
                                                        const Fragments<M, N> &sum, float factor, Wanted wanted) {
     const int lane = threadIdx.x % 32;
+    unsigned all = 0; /* of all pairs: not finite if one of them is not, or if it overflows */
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -217,12 +224,46 @@ static __device__ __forceinline__ void stage_gradients(char *tile, int first, in
             const bool want = wanted(r);
 #pragma unroll
             for (int n = 0; n < N; n++) {
-                const float x = fad_f32_finish_gradient(sum[m][n][2 * half], factor),
-                            y = fad_f32_finish_gradient(sum[m][n][2 * half + 1], factor);
-                *(unsigned *)(tile + swizzled<CHUNKS>(r, first_chunk + n) + lane % 4 * 4) =
-                    want ? round_out<T>(x, y) : 0;
+                const unsigned pair = pack2<T>(fad_f32_add(fad_f32_mul(sum[m][n][2 * half], factor), 0),
+                                               fad_f32_add(fad_f32_mul(sum[m][n][2 * half + 1], factor), 0));
+                all = add2<T>(all, pair);
+                *(unsigned *)(tile + swizzled<CHUNKS>(r, first_chunk + n) + lane % 4 * 4) = want ? pair : 0;
             }
         }
+    return exponents_full<T>(all) != 0;
+}
+
+/* Two rounded values: NaN becomes the contract's. */
+template <fad_dtype T> static __device__ __forceinline__ unsigned canonical_nans(unsigned pair) {
+    constexpr unsigned INFINITE = T == FAD_BFLOAT16 ? 0x7f80 : 0x7c00, CANONICAL = T == FAD_BFLOAT16 ? 0x7fc0 : 0x7e00;
+    if ((pair & 0x7fff) > INFINITE)
+        pair = (pair & 0xffff0000) | CANONICAL;
+    if ((pair >> 16 & 0x7fff) > INFINITE)
+        pair = (pair & 0xffff) | CANONICAL << 16;
+    return pair;
+}
+
+/* Staged gradients to rows of the buffer, ROWS of CHUNKS chunks by THREADS threads; walk: at this thread's first row,
+ * thread / CHUNKS. not_finite: there may be NaN. chunk_at(r, chunk): where it is staged. */
+template <fad_dtype T, int ROWS, int CHUNKS, int THREADS, class Walk, class ChunkAt>
+static __device__ __forceinline__ void store_gradients(const fad_view &view, Walk walk, int n_rows, int64_t dims,
+                                                       int thread, bool not_finite, ChunkAt chunk_at) {
+    constexpr int STEP = Walk::STEP;
+    static_assert(STEP * CHUNKS == THREADS && ROWS % STEP == 0, "a thread stays in one column of chunks");
+    const int chunk = thread % CHUNKS, first = thread / CHUNKS, end = chunk * 8 < dims ? n_rows : 0;
+    if (not_finite)
+#pragma unroll 1
+        for (int r = first; r < ROWS; r += STEP) {
+            uint4 &x = *(uint4 *)chunk_at(r, chunk);
+            x = make_uint4(canonical_nans<T>(x.x), canonical_nans<T>(x.y), canonical_nans<T>(x.z),
+                           canonical_nans<T>(x.w));
+        }
+#pragma unroll 8
+    for (int i = 0; i < ROWS / STEP; i++, walk.advance()) {
+        const uint4 x = *(const uint4 *)chunk_at(first + i * STEP, chunk);
+        if (first + i * STEP < end)
+            *(uint4 *)((char *)view.data + walk.at + chunk * 16) = x;
+    }
 }
 
 #endif
