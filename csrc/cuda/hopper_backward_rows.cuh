@@ -22,7 +22,7 @@ template <class S> struct HopperRowGradientShared {
     Matrix<S::KEYS, S::D> k[S::K_SLOTS], v[S::V_SLOTS];
     Matrix<GROUP_ROWS, S::D> q[S::CONSUMERS], dout[S::CONSUMERS]; /* q: and dq, staged */
     RowTable<S::TILE> rows;
-    bool has_terms[S::TILE];
+    bool has_terms[S::TILE]; /* of a row: ROW_HAS_TERMS; false past the active ones */
     Tile t;
     fad_sequence gradient; /* where the tile's sequence lies in gradients */
     KeyRange range;

@@ -32,7 +32,7 @@ static __global__ void __launch_bounds__(SUM_THREADS)
     sum_rows(const __grid_constant__ fad_attn_problem p, const __grid_constant__ fad_attn_problem gradient,
              const __grid_constant__ RowSums sums, const __grid_constant__ Work tiles) {
     __shared__ Tile t;
-    __shared__ KeyRange range;
+    __shared__ KeyRange range; /* comes with the tile, and is not needed */
     __shared__ fad_sequence of_gradient;
     if (!share_row_tile(p, gradient, tiles, SUM_ROWS, t, range, of_gradient))
         return;

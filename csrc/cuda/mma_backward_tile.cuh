@@ -224,8 +224,8 @@ static __device__ __forceinline__ bool stage_gradients(char *tile, int first, in
             const bool want = wanted(r);
 #pragma unroll
             for (int n = 0; n < N; n++) {
-                const unsigned pair = pack2<T>(fad_f32_add(fad_f32_mul(sum[m][n][2 * half], factor), 0),
-                                               fad_f32_add(fad_f32_mul(sum[m][n][2 * half + 1], factor), 0));
+                const unsigned pair = pack2<T>(fad_f32_scaled_gradient(sum[m][n][2 * half], factor),
+                                               fad_f32_scaled_gradient(sum[m][n][2 * half + 1], factor));
                 all = add2<T>(all, pair);
                 *(unsigned *)(tile + swizzled<CHUNKS>(r, first_chunk + n) + lane % 4 * 4) = want ? pair : 0;
             }
