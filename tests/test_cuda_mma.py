@@ -166,6 +166,19 @@ def test_n3_clusters_give_the_bits_of_other_kernels_for_splits_of_every_length(d
         assert not want[0].isnan().any()
 
 
+@needs_hopper
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("Sq, group", [(1, 1), (1, 4), (1, 8), (3, 3), (2, 8), (16, 1)])
+def test_n1_clusters_send_each_other_any_number_of_rows(Sq, group, D):
+    qkv = moved(tensors(B=2, Sq=Sq, Sk=2500, Hq=2 * group, Hk=2, D=D, dtype=torch.bfloat16))
+    got = {}
+    for kernel in ("generic", "cluster"):
+        with _schedule.forced(kernel=kernel, tile_rows=16, split_parallel=True), poisoned():
+            got[kernel] = attention(*qkv, causal=True, split_size=1024)
+    assert_same(got["cluster"], got["generic"], f"{Sq * group} rows")
+    assert differing(got["cluster"], attention(*qkv, causal=True, split_size=2048)) > 0
+
+
 # ---- the bits of the contract ----------------------------------------------------------------------------------------
 
 

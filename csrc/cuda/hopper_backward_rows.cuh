@@ -60,9 +60,9 @@ template <class S>
 static __device__ __forceinline__ void produce_blocks(const fad_attn_problem &p, const CUtensorMap &k_map,
                                                       const CUtensorMap &v_map, HopperRowGradientShared<S> &sm) {
     /* Other tiles of the head read the same. */
-    const KeyCopier<S::KEYS, Matrix<S::KEYS, S::D>::PIECES, S::KEYS, false> copier(p, sm.t, sm.range, keep_as_usual());
+    const KeyCopier<S::KEYS, Matrix<S::KEYS, S::D>::PIECES> copier(p, sm.t, sm.range, keep_as_usual());
     const int steps = count_steps<S>(sm.range);
-    copier.run(k_map, v_map, [&](auto copy_k, auto copy_v) {
+    copier.run_rows(k_map, v_map, [&](auto copy_k, auto copy_v) {
         Ring k, v;
 #pragma unroll 1
         for (int step = 0; step < steps; step++, k.advance(S::K_SLOTS), v.advance(S::V_SLOTS)) {

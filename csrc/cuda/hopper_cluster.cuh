@@ -34,7 +34,7 @@ template <class S> struct ClusterShared {
     union {
         alignas(1024) char k[S::KEYS * S::D * 2]; /* in pieces of 64 dims; later, */
         struct {
-            uint2 p[CLUSTER_KEYS / UNIT_KEYS][2][32]; /* P of all keys as a operands, of rows g and of rows g + 8 */
+            uint4 p[CLUSTER_KEYS / UNIT_KEYS][32]; /* P of all keys as a operands */
             char second[HALF_BYTES];
         };
     };
@@ -49,6 +49,8 @@ template <class S> struct ClusterShared {
     RowTable<DECODE_ROWS> rows;
     Tile t;
     KeyRange range;
+    /* References and P of all thread blocks may be read; the second half of V may. Each is used once. */
+    MemoryBarrier references_there, p_there, second_there;
 
     /* 32 dims of the values of a block. */
     __device__ __forceinline__ const char *values(int block) const {
@@ -70,29 +72,73 @@ template <class S> struct ClusterThread {
 
     /* ---- what comes from memory ---- */
 
-    __device__ __forceinline__ void load_values(char *to, int first) const {
-        const Keys v(p.v, sm.t.seq.v, sm.t, sm.range.first, p.Dv);
-        v.template load<HALF_KEYS, CLUSTER_DIMS / 8, COPY_THREADS>(to, first, sm.range.lo, sm.range.hi,
-                                                                   rank * CLUSTER_DIMS, threadIdx.x % COPY_THREADS);
+    /* Where the keys lie that a warp copies from pages, from number `first` on: asked for all at once. */
+    template <int N> __device__ __forceinline__ void find(KeyPlace (&found)[N], const Keys &keys, int first) const {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            found[i] = keys.find(first + i * 32 + lane, sm.range.lo, sm.range.hi);
+    }
+    /* Keys from number `first` on to rows first_row on of ROWS; the rest as in Keys::copy_found. */
+    template <int ROWS, int CHUNKS, int LANES, int ROW_CHUNKS, int N>
+    __device__ __forceinline__ void copy(char *to, const Keys &keys, const KeyPlace (&found)[N], int first,
+                                         int first_row, int first_dim) const {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            keys.copy_found<ROWS, CHUNKS, LANES, ROW_CHUNKS>(to, found[i], first + i * 32, sm.range.lo, sm.range.hi,
+                                                             first_row + i * 32, first_dim, read_once());
+    }
+
+    /* This thread block's share of K. */
+    __device__ __forceinline__ void load_keys() const {
+        constexpr int N = S::KEYS / COPY_THREADS;
+        const Keys k(p.k, sm.t.seq.k, sm.t, sm.range.first, p.D);
+        if (sm.t.seq.pages) {
+            const int row = warp * N * 32, key = rank * S::KEYS + row;
+            KeyPlace found[N];
+            find(found, k, key);
+            copy<S::KEYS, S::CHUNKS, 8, 8>(sm.k, k, found, key, row, 0);
+            return;
+        }
+#pragma unroll 1
+        for (int piece = 0; piece < S::D / 64; piece++)
+            k.template load_rows<S::KEYS, 8, COPY_THREADS>(sm.k + piece * S::KEYS * 128, rank * S::KEYS, sm.range.lo,
+                                                           sm.range.hi, piece * 64, threadIdx.x);
+    }
+
+    /* Its dims of half of V; of each, a warp copies these rows. */
+    typedef KeyPlace ValuePlaces[HALF_KEYS / COPY_THREADS];
+    __device__ __forceinline__ Keys values() const { return Keys(p.v, sm.t.seq.v, sm.t, sm.range.first, p.Dv); }
+    __device__ __forceinline__ int values_row() const {
+        return warp % (COPY_THREADS / 32) * (HALF_KEYS / COPY_THREADS) * 32;
+    }
+    /* found: where they lie, if in pages. */
+    __device__ __forceinline__ void load_values(char *to, int half, const ValuePlaces &found) const {
+        const int first = half * HALF_KEYS, row = values_row();
+        if (sm.t.seq.pages)
+            copy<HALF_KEYS, CLUSTER_DIMS / 8, 2, CLUSTER_DIMS / 8>(to, values(), found, first + row, row,
+                                                                   rank * CLUSTER_DIMS);
+        else
+            values().template load_rows<HALF_KEYS, CLUSTER_DIMS / 8, COPY_THREADS>(
+                to, first, sm.range.lo, sm.range.hi, rank * CLUSTER_DIMS, threadIdx.x % COPY_THREADS);
         cp_async_commit();
     }
 
-    /* q, K and half of V are asked for, the first two awaited. */
-    __device__ __forceinline__ void load() const {
-        const int thread = threadIdx.x % COPY_THREADS;
+    /* q, K and half of V are asked for, the first two awaited. second: where the other half lies, if in pages. */
+    __device__ __forceinline__ void load(ValuePlaces &second) const {
         if (threadIdx.x < COPY_THREADS) {
-            const Keys k(p.k, sm.t.seq.k, sm.t, sm.range.first, p.D);
-#pragma unroll 1
-            for (int piece = 0; piece < S::D / 64; piece++)
-                k.template load<S::KEYS, 8, COPY_THREADS>(sm.k + piece * S::KEYS * 128, rank * S::KEYS, sm.range.lo,
-                                                          sm.range.hi, piece * 64, thread);
+            load_keys();
             cp_async_commit();
+            sm.rows.fill(p, sm.t, sm.range, threadIdx.x, COPY_THREADS);
             cp_async_wait<0>();
         } else {
-            load_queries<DECODE_ROWS, S::CHUNKS, COPY_THREADS>(sm.q, p, sm.t, thread);
+            ValuePlaces first;
+            if (sm.t.seq.pages) {
+                find(first, values(), values_row());
+                find(second, values(), HALF_KEYS + values_row());
+            }
+            load_queries<DECODE_ROWS, S::CHUNKS, COPY_THREADS>(sm.q, p, sm.t, threadIdx.x % COPY_THREADS);
             cp_async_commit();
-            load_values(sm.first, 0);
-            sm.rows.fill(p, sm.t, sm.range, thread, COPY_THREADS);
+            load_values(sm.first, 0, first);
             cp_async_wait<1>();
         }
         __syncthreads(); /* q, K and the rows' table may be read */
@@ -112,7 +158,7 @@ template <class S> struct ClusterThread {
     }
 
     /* References, and this thread block's share of P, to the whole cluster. */
-    __device__ __forceinline__ void share_probabilities() {
+    __device__ __forceinline__ void share_probabilities(const ValuePlaces &second) {
         const int unit = (rank * CLUSTER_WARPS + warp) * S::UNITS, block = unit / BLOCK_UNITS;
         UnitScores<S::T, S::CHUNKS, S::UNITS> units;
         float reference[2] = {FAD_F32_SENTINEL, FAD_F32_SENTINEL};
@@ -130,73 +176,83 @@ template <class S> struct ClusterThread {
 #pragma unroll
             for (int i = 0; i < S::RANKS; i += 4) /* the lanes of a quad have the same */
                 if (i + lane % 4 < S::RANKS)
-                    store_remote(remote_address(to, i + lane % 4), reference[half]);
+                    send_remote(remote_address(to, i + lane % 4), reference[half],
+                                remote_address(&sm.references_there, i + lane % 4));
         }
-        __syncwarp();
-        cluster_arrive();
-        cluster_wait(); /* references may be read, and K be overwritten */
-        if (threadIdx.x >= COPY_THREADS)
-            load_values(sm.second, HALF_KEYS);
-        float mine = 0, next = FAD_F32_SENTINEL;
+        __syncthreads(); /* this thread block's K may be overwritten */
+        if (threadIdx.x >= COPY_THREADS) {
+            load_values(sm.second, 1, second);
+            barrier_arrive_copied(sm.second_there);
+        }
+        barrier_wait_cluster(sm.references_there, 0); /* they may be read, and K of every thread block be overwritten */
+        static_assert(CLUSTER_WARPS == CLUSTER_BLOCKS, "every warp finds the factors of one block");
+        /* mine: the reference of this warp's keys; from, to: those before and after block number `warp` */
+        float next = FAD_F32_SENTINEL, mine = 0, from = 0, to = 0;
 #pragma unroll
         for (int b = 0; b < CLUSTER_BLOCKS; b++) {
             m = next;
             next = advance(m, b);
             mine = b == block ? next : mine;
-            if (b == warp && lane < DECODE_ROWS) /* every warp finds the factors of one block */
-                sm.alpha[b][lane] = fad_f32_pow2(fad_f32_sub(m, next));
+            from = b == warp ? m : from;
+            to = b == warp ? next : to;
         }
         m = next;
         if (block < blocks) {
             const float now[2] = {of_row(mine, lane / 4), of_row(mine, lane / 4 + 8)};
+            const int n_rows = sm.t.n_rows;
             units.probabilities(now, rule.c, [&](int u, const uint4 &a) {
+                if (lane / 4 < n_rows) /* no more than there is: this takes its time */
 #pragma unroll
-                for (int i = 0; i < S::RANKS; i++) { /* no more than the rows that there are: this takes its time */
-                    const unsigned to = remote_address(&sm.p[unit + u][0][lane], i);
-                    if (lane / 4 < sm.t.n_rows)
-                        store_remote(to, make_uint2(a.x, a.z));
-                    if (lane / 4 + 8 < sm.t.n_rows)
-                        store_remote(to + (int)sizeof sm.p[0][0], make_uint2(a.y, a.w));
-                }
+                    for (int i = 0; i < S::RANKS; i++)
+                        send_remote(remote_address(&sm.p[unit + u][lane], i), a, remote_address(&sm.p_there, i));
             });
         }
-        cp_async_wait<0>();
-        __syncwarp();
-        cluster_arrive();
-        cluster_wait(); /* P, factors and V may be read */
+        if (lane < DECODE_ROWS)
+            sm.alpha[warp][lane] = fad_f32_pow2(fad_f32_sub(from, to));
+        cp_async_wait<1>();
+        __syncthreads(); /* factors and the first half of V may be read */
     }
 
     /* ---- O and l ---- */
 
+    __device__ __forceinline__ void wait_for_second(int block) const {
+        if (block >= CLUSTER_BLOCKS / 2)
+            barrier_wait(sm.second_there, 0);
+    }
+
     /* What a block's steps need of a warp's eight dims. */
     struct Fragments {
-        uint2 p[BLOCK_UNITS], p8[BLOCK_UNITS];
-        unsigned v[BLOCK_UNITS / 2][4];
+        uint4 p[BLOCK_UNITS];
+        unsigned v[BLOCK_UNITS / 2][4]; /* of two units */
+        float alpha[2];                 /* of rows g and g + 8 */
     };
-    __device__ __forceinline__ void fetch_values(unsigned (&v)[BLOCK_UNITS / 2][4], int block) const {
-#pragma unroll
-        for (int i = 0; i < BLOCK_UNITS / 2; i++) /* two units */
-            ldmatrix_transposed(v[i], sm.values(block) + swizzled<CLUSTER_DIMS / 8>(i * 32 + lane, warp));
+    __device__ __forceinline__ void fetch_values(unsigned (&v)[4], int block, int pair) const {
+        ldmatrix_transposed(v, sm.values(block) + swizzled<CLUSTER_DIMS / 8>(pair * 32 + lane, warp));
     }
-    __device__ __forceinline__ void fetch(Fragments &f, int block) const {
-        fetch_values(f.v, block);
-#pragma unroll
-        for (int u = 0; u < BLOCK_UNITS; u++)
-            f.p[u] = sm.p[block * BLOCK_UNITS + u][0][lane], f.p8[u] = sm.p[block * BLOCK_UNITS + u][1][lane];
+    /* One of BLOCK_UNITS parts of them. */
+    __device__ __forceinline__ void fetch(Fragments &f, int block, int unit) const {
+        f.p[unit] = load_shared(&sm.p[block * BLOCK_UNITS + unit][lane]);
+        if (unit % 2 == 0)
+            fetch_values(f.v[unit / 2], block, unit / 2);
+        if (unit < 2)
+            f.alpha[unit] = sm.alpha[block][lane / 4 + unit * 8];
     }
 
     /* Whether there are Inf or NaN among the values of blocks that some rows see and others do not. */
     __device__ __forceinline__ bool need_care() const {
+        const int whole = sm.range.whole, whole_end = whole + sm.range.n_whole;
         unsigned full = 0;
 #pragma unroll 1
-        for (int b = 0; b < blocks; b++) {
-            if (!sm.range.partial(b))
-                continue;
-            unsigned v[BLOCK_UNITS / 2][4];
-            fetch_values(v, b);
+        for (int b = whole ? 0 : whole_end; b < blocks; b = b + 1 == whole ? whole_end : b + 1) {
+            wait_for_second(b);
 #pragma unroll
-            for (int i = 0; i < BLOCK_UNITS * 2; i++)
-                full |= exponents_full<S::T>(v[i / 4][i % 4]);
+            for (int pair = 0; pair < BLOCK_UNITS / 2; pair++) {
+                unsigned v[4];
+                fetch_values(v, b, pair);
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    full |= exponents_full<S::T>(v[i]);
+            }
         }
         return __any_sync(~0u, full != 0);
     }
@@ -204,21 +260,27 @@ template <class S> struct ClusterThread {
     /* N7: O of this warp's dims. A block's operands are on their way while the one before is multiplied. */
     __device__ __forceinline__ void multiply(float (&o)[4]) const {
         Fragments f[2];
-        fetch(f[0], 0);
+#pragma unroll
+        for (int u = 0; u < BLOCK_UNITS; u++)
+            fetch(f[0], 0, u);
 #pragma unroll
         for (int b = 0; b < CLUSTER_BLOCKS; b++) {
             if (b >= blocks)
                 break;
-            if (b + 1 < CLUSTER_BLOCKS)
-                fetch(f[(b + 1) % 2], b + 1); /* past the last: never used */
+            if (b + 1 == CLUSTER_BLOCKS / 2)
+                wait_for_second(b + 1);
             const Fragments &now = f[b % 2];
 #pragma unroll
             for (int e = 0; e < 4 && b > 0; e++)
-                o[e] = fad_f32_mul(o[e], sm.alpha[b][lane / 4 + e / 2 * 8]);
+                o[e] = fad_f32_mul(o[e], now.alpha[e / 2]);
 #pragma unroll
-            for (int u = 0; u < BLOCK_UNITS; u++)
-                mma_step<S::T>(o, {now.p[u].x, now.p8[u].x, now.p[u].y, now.p8[u].y}, now.v[u / 2][u % 2 * 2],
+            for (int u = 0; u < BLOCK_UNITS; u++) {
+                mma_step<S::T>(o, {now.p[u].x, now.p[u].y, now.p[u].z, now.p[u].w}, now.v[u / 2][u % 2 * 2],
                                now.v[u / 2][u % 2 * 2 + 1]);
+                if (b + 1 < CLUSTER_BLOCKS)
+                    fetch(f[(b + 1) % 2], b + 1, u); /* past the last: never used */
+                __syncwarp();                        /* or the compiler puts it off until its use */
+            }
         }
     }
 
@@ -229,19 +291,20 @@ template <class S> struct ClusterThread {
         for (int unit = 0; unit < blocks * BLOCK_UNITS; unit++) {
             const int block = unit / BLOCK_UNITS, key = unit * UNIT_KEYS;
             if (unit % BLOCK_UNITS == 0) {
+                wait_for_second(block);
                 const float now = advance(before, block), alpha = fad_f32_pow2(fad_f32_sub(before, now));
 #pragma unroll
                 for (int e = 0; e < 4; e++)
                     o[e] = fad_f32_mul(o[e], of_row(alpha, lane / 4 + e / 2 * 8));
                 before = now;
             }
-            const uint2 x = sm.p[unit][0][lane], x8 = sm.p[unit][1][lane];
+            const uint4 x = sm.p[unit][lane];
             unsigned b[4]; /* of the last 16 keys twice */
             ldmatrix_transposed(b, sm.values(block) + swizzled<CLUSTER_DIMS / 8>(key % BLOCK_KEYS + lane % 16, warp));
             if (sm.range.partial(block)) {
-                guarded_step<S::T>(sm.rows, o, {x.x, x8.x, x.y, x8.y}, {b[0], b[1]}, key, lane);
+                guarded_step<S::T>(sm.rows, o, {x.x, x.y, x.z, x.w}, {b[0], b[1]}, key, lane);
             } else {
-                mma_step<S::T>(o, {x.x, x8.x, x.y, x8.y}, b[0], b[1]);
+                mma_step<S::T>(o, {x.x, x.y, x.z, x.w}, b[0], b[1]);
             }
         }
     }
@@ -254,8 +317,10 @@ template <class S> struct ClusterThread {
         for (int block = 0; block < blocks; block++) {
             float sum = 0; /* b_t */
 #pragma unroll
-            for (int u = 0; u < BLOCK_UNITS; u++)
-                sum = add_up<S::T>(sum, sm.p[block * BLOCK_UNITS + u][half][lane]);
+            for (int u = 0; u < BLOCK_UNITS; u++) {
+                const uint4 x = sm.p[block * BLOCK_UNITS + u][lane];
+                sum = add_up<S::T>(sum, half ? make_uint2(x.y, x.w) : make_uint2(x.x, x.z));
+            }
             l = fad_f32_add(fad_f32_mul(l, block ? sm.alpha[block][row] : 1), sum);
         }
         l = sum_lanes(l);
@@ -291,19 +356,27 @@ template <class S> struct ClusterThread {
 
     /* From the item to its state. */
     __device__ __forceinline__ void run(const fad_partials &partials) {
-        load();
+        if (threadIdx.x == 0) { /* bytes that come before they are expected count all the same */
+            barrier_arrive_expect(sm.references_there, DECODE_ROWS * S::ALL_PARTS * 4);
+            barrier_arrive_expect(sm.p_there, blocks * BLOCK_UNITS * min(sm.t.n_rows, 8) * 4 * (int)sizeof(uint4));
+        }
+        ValuePlaces second = {};
+        load(second);
         cluster_wait(); /* all thread blocks have begun, and may be written to */
-        share_probabilities();
+        share_probabilities(second);
+        const bool care = warp < VALUE_WARPS && need_care();
+        barrier_wait_cluster(sm.p_there, 0); /* P may be read */
         float o[4] = {0, 0, 0, 0};
         if (warp < VALUE_WARPS) {
-            if (need_care())
+            if (care)
                 multiply_guarded(o);
             else
                 multiply(o);
         } else if (warp < VALUE_WARPS + SUM_WARPS) {
             add_up_rows(warp - VALUE_WARPS);
         }
-        __syncthreads(); /* l may be read */
+        cp_async_wait<0>(); /* of few blocks the second half of V has not been waited for */
+        __syncthreads();    /* l may be read */
         if (warp >= VALUE_WARPS)
             return;
         if (partials.o)
@@ -331,6 +404,13 @@ __global__ void __cluster_dims__(S::RANKS) __launch_bounds__(CLUSTER_THREADS, 2)
     extern __shared__ __align__(1024) char shared_memory[];
     ClusterShared<S> &sm = *(ClusterShared<S> *)shared_memory;
     allow_next_kernel();
+    if (threadIdx.x == 64) {
+        barrier_init(sm.references_there, 1);
+        barrier_init(sm.p_there, 1);
+        barrier_init(sm.second_there, COPY_THREADS);
+        fence_barrier_init();
+    }
+    __syncwarp();
     cluster_arrive();
     if (!share_item(p, work, DECODE_ROWS, blockIdx.x / S::RANKS, sm.t, sm.range))
         return;

@@ -19,8 +19,8 @@ struct BoxCache {
     BoxPlace before, here, after;
 };
 
-/* ROWS keys by PIECES times 64 dims at a time, into pieces of PIECE_ROWS rows. PAGES: they may be in pages. */
-template <int ROWS, int PIECES, int PIECE_ROWS = ROWS, bool PAGES = true> struct KeyCopier {
+/* ROWS keys by PIECES times 64 dims at a time, into pieces of PIECE_ROWS rows. */
+template <int ROWS, int PIECES, int PIECE_ROWS = ROWS> struct KeyCopier {
     static constexpr int PIECE = PIECE_ROWS * 128, BYTES = PIECES * ROWS * 128;
     const fad_attn_problem &p;
     const Tile &t;
@@ -38,17 +38,24 @@ template <int ROWS, int PIECES, int PIECE_ROWS = ROWS, bool PAGES = true> struct
      * `each`. */
     template <class Each>
     __device__ __forceinline__ void run(const CUtensorMap &k_map, const CUtensorMap &v_map, Each each) const {
-        const int head = (int)t.head_k;
-        if (PAGES && p.block_table) {
-            BoxCache cache;
-            const int shift = __ffs(box_rows(p, ROWS)) - 1;
-            each([&](auto &&...slot) { copy_pages(cache, shift, head, k_map, slot...); },
-                 [&](auto &&...slot) { copy_pages(cache, shift, head, v_map, slot...); });
-        } else {
-            const int entry = (int)fad_cache_entry(&p, t.seq.index);
-            each([&](auto &&...slot) { copy_rows(head, entry, k_map, slot...); },
-                 [&](auto &&...slot) { copy_rows(head, entry, v_map, slot...); });
-        }
+        if (p.block_table)
+            run_pages(k_map, v_map, each);
+        else
+            run_rows(k_map, v_map, each);
+    }
+    /* The same where it is known which. */
+    template <class Each>
+    __device__ __forceinline__ void run_pages(const CUtensorMap &k_map, const CUtensorMap &v_map, Each each) const {
+        BoxCache cache;
+        const int head = (int)t.head_k, shift = __ffs(box_rows(p, ROWS)) - 1;
+        each([&](auto &&...slot) { copy_pages(cache, shift, head, k_map, slot...); },
+             [&](auto &&...slot) { copy_pages(cache, shift, head, v_map, slot...); });
+    }
+    template <class Each>
+    __device__ __forceinline__ void run_rows(const CUtensorMap &k_map, const CUtensorMap &v_map, Each each) const {
+        const int head = (int)t.head_k, entry = (int)fad_cache_entry(&p, t.seq.index);
+        each([&](auto &&...slot) { copy_rows(head, entry, k_map, slot...); },
+             [&](auto &&...slot) { copy_rows(head, entry, v_map, slot...); });
     }
 
   private:

@@ -14,7 +14,9 @@ __global__ void __launch_bounds__(S::THREADS, S::RESIDENT)
 
 template <class S> static HopperKernel hopper_decode_of() {
     return {{DECODE_ROWS, S::D, S::THREADS, false, sizeof(MmaDecodeShared<S>), 0, nullptr},
-            S::SLOT_KEYS / S::SLOT_PRODUCERS,
+            S::SOURCE == ROWS_BY_ENGINE,
+            S::SOURCE == PAGES_BY_ENGINE,
+            S::BOX_KEYS,
             16,
             false,
             hopper_decode_kernel<S>};

@@ -2,9 +2,12 @@
 
 HopperKernels hopper_decode_bf16() {
     static const HopperKernel kernels[] = {
-        hopper_decode_of<MmaDecodeShape<FAD_BFLOAT16, 64, 4, 2, true>>(),
-        hopper_decode_of<MmaDecodeShape<FAD_BFLOAT16, 128, 5, 2, true>>(),
-        hopper_decode_of<MmaDecodeShape<FAD_BFLOAT16, 256, 5, 1, true>>(),
+        hopper_decode_of<MmaDecodeShape<FAD_BFLOAT16, 64, 4, 2, ROWS_BY_ENGINE>>(),
+        hopper_decode_of<MmaDecodeShape<FAD_BFLOAT16, 128, 5, 2, ROWS_BY_ENGINE>>(),
+        hopper_decode_of<MmaDecodeShape<FAD_BFLOAT16, 256, 5, 1, ROWS_BY_ENGINE>>(),
+        hopper_decode_of<MmaDecodeShape<FAD_BFLOAT16, 64, 4, 2, PAGES_BY_ENGINE>>(),
+        hopper_decode_of<MmaDecodeShape<FAD_BFLOAT16, 128, 5, 2, PAGES_BY_ENGINE>>(),
+        hopper_decode_of<MmaDecodeShape<FAD_BFLOAT16, 256, 5, 1, PAGES_BY_ENGINE>>(),
     };
     return {kernels, kernels + sizeof kernels / sizeof *kernels};
 }

@@ -7,10 +7,11 @@
 #include <cuda.h>
 
 struct HopperKernel {
-    MmaKernel shape; /* without run */
-    int box_keys;    /* copied at a time, */
-    int least_box;   /* and fewer where pages are small, but no fewer than this: other copies are faster then */
-    bool copies;     /* what the copy engine does not, warps of the kernel */
+    MmaKernel shape;  /* without run */
+    bool rows, pages; /* whether it serves keys in one buffer, and in pages */
+    int box_keys;     /* copied at a time, */
+    int least_box;    /* and fewer where pages are small, but no fewer than this: other copies are faster then */
+    bool copies;      /* what the copy engine does not, warps of the kernel */
     void (*run)(fad_attn_problem, Work, CUtensorMap k, CUtensorMap v);
 };
 

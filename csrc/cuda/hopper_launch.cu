@@ -12,8 +12,9 @@ const HopperKernel *find_hopper_kernel(const fad_attn_problem *p, int64_t rows) 
     const HopperKernel *best = nullptr;
     for (const HopperKernels &table : tables)
         for (const HopperKernel *k = table.begin; k < table.end; k++) {
-            const bool narrowest = k->shape.dims >= dims && (k->shape.dims == 64 || k->shape.dims / 2 < dims);
-            if (narrowest && (!best || best->shape.rows < rows))
+            const bool narrowest = k->shape.dims >= dims && (k->shape.dims == 64 || k->shape.dims / 2 < dims),
+                       serves = p->block_table ? k->pages : k->rows;
+            if (narrowest && serves && (!best || best->shape.rows < rows))
                 best = k;
         }
     return best;

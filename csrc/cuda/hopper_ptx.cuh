@@ -73,24 +73,41 @@ static __device__ __forceinline__ void prefetch_box(const CUtensorMap &map, int 
 }
 
 /* A cluster: thread blocks that run together and reach each other's shared memory. Its barrier, in two halves, for all
- * threads: what was written before arriving may be read after waiting. */
+ * threads. Of what was written before, only barriers behind fence_barrier_init() may be used by others afterwards: to order
+ * all writes is a fence of the whole device. */
 static __device__ __forceinline__ void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 static __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-/* Where a place of this thread block's shared memory lies in that of thread block `rank`, and stores there. */
+/* Where a place of this thread block's shared memory lies in that of thread block `rank`. */
 static __device__ __forceinline__ unsigned remote_address(const void *here, int rank) {
     unsigned there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(here)), "r"(rank));
     return there;
 }
-static __device__ __forceinline__ void store_remote(unsigned to, float x) {
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
+/* Starts a store there, whose bytes arrive at a barrier of that thread block. */
+static __device__ __forceinline__ void send_remote(unsigned to, float x, unsigned barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(x),
+                 "r"(barrier)
+                 : "memory");
 }
-static __device__ __forceinline__ void store_remote(unsigned to, const uint2 &x) {
-    asm volatile("st.shared::cluster.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(x.x), "r"(x.y) : "memory");
+static __device__ __forceinline__ void send_remote(unsigned to, const uint4 &x, unsigned barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
+                 : "memory");
+}
+/* barrier_wait() for what other thread blocks have sent. */
+static __device__ __forceinline__ void barrier_wait_cluster(MemoryBarrier &barrier, unsigned parity) {
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n"
+                 "}" ::"r"(shared_address(&barrier)),
+                 "r"(parity)
+                 : "memory");
 }
 
 static __device__ __forceinline__ bool named_barrier_or(int id, int threads, bool value) {

@@ -25,7 +25,8 @@ template <int ROWS, int PIECES, int PIECE_ROWS> struct PageCopier {
         for (int row = 0; row < ROWS; row += 32) {
             const KeyPlace found = next;
             next = find(row + 32);
-            from.copy_found<PIECE_ROWS, PIECES, 4>(to, found, key + row, range.lo, range.hi, row, first_dim, policy);
+            from.copy_found<PIECE_ROWS, PIECES * 8, 4>(to, found, key + row, range.lo, range.hi, row, first_dim,
+                                                       policy);
         }
         cp_async_commit();
         if (under_way)

@@ -45,9 +45,13 @@ static __device__ __forceinline__ void mma_decode(const fad_attn_problem &p, con
         if constexpr (S::ENGINE)
             prefetch_map(*k_map), prefetch_map(*v_map);
     }
-    if constexpr (S::ENGINE)
+    const int warp = (int)(threadIdx.x - DECODE_CONSUMERS) / 32; /* a producing one's number */
+    if constexpr (S::SOURCE == ROWS_BY_ENGINE)
         if (threadIdx.x == DECODE_CONSUMERS + 32)
-            prefetch_first_block<S>(p, work, blockIdx.x, *k_map, *v_map);
+            prefetch_first_rows<S>(p, work, blockIdx.x, *k_map, *v_map);
+    if constexpr (S::SOURCE == PAGES_BY_ENGINE)
+        if (threadIdx.x >= DECODE_CONSUMERS)
+            prefetch_first_pages<S>(p, work, warp, blockIdx.x, *k_map, *v_map);
     if (!share_item(p, work, DECODE_ROWS, blockIdx.x, sm.t, sm.range)) /* and the barriers may be used */
         return;
     if (threadIdx.x < DECODE_CONSUMERS) {
@@ -57,7 +61,6 @@ static __device__ __forceinline__ void mma_decode(const fad_attn_problem &p, con
     if (sm.range.blocks == 0)
         return;
     MmaDecodeProducer<S> producer = {p, sm, {}};
-    const int warp = (int)(threadIdx.x - DECODE_CONSUMERS) / 32;
     if constexpr (!S::ENGINE)
         producer.copy_by_warp(warp);
     else

@@ -6,32 +6,58 @@
 #include "hopper_copy.cuh"
 #include "mma_decode_shared.cuh"
 
+/* A box of K and of V to the L2 cache. */
+template <class S>
+static __device__ __forceinline__ void prefetch_keys(const CUtensorMap &k_map, const CUtensorMap &v_map, int row,
+                                                     int head, int entry) {
+    const uint64_t policy = read_once();
+#pragma unroll
+    for (int dim = 0; dim < S::D; dim += 64) {
+        prefetch_box(k_map, dim, row, head, entry, policy);
+        prefetch_box(v_map, dim, row, head, entry, policy);
+    }
+}
+
 /* While the item is being found, by one thread: asks for its first block of K and V to come to the L2 cache, if it is easy to
  * tell where that will be. */
 template <class S>
-static __device__ __forceinline__ void prefetch_first_block(const fad_attn_problem &p, const Work &work,
+static __device__ __forceinline__ void prefetch_first_rows(const fad_attn_problem &p, const Work &work, unsigned number,
+                                                           const CUtensorMap &k_map, const CUtensorMap &v_map) {
+    const DenseWork &dense = work.dense;
+    if (!dense.valid || p.leftpad_k || p.window_left >= 0)
+        return;
+    const DenseItem item(dense, DECODE_ROWS, number);
+    const int row = item.nth * dense.item_splits * dense.split_keys, entry = (int)fad_cache_entry(&p, item.b);
+    if (row >= (p.seqused_k ? p.seqused_k[item.b] : (int)p.Sk))
+        return;
+#pragma unroll 1
+    for (int at = row; at < row + BLOCK_KEYS; at += S::BOX_KEYS)
+        prefetch_keys<S>(k_map, v_map, at, item.head, entry);
+}
+
+/* The same in pages, by the producing warps, of which this is number `warp`: each some of the boxes, because the lanes of one
+ * ask for them one after the other. */
+template <class S>
+static __device__ __forceinline__ void prefetch_first_pages(const fad_attn_problem &p, const Work &work, int warp,
                                                             unsigned number, const CUtensorMap &k_map,
                                                             const CUtensorMap &v_map) {
     const DenseWork &dense = work.dense;
-    if (!dense.valid || p.block_table || p.leftpad_k || p.window_left >= 0)
+    if (!dense.valid || p.leftpad_k || p.window_left >= 0)
         return;
     const DenseItem item(dense, DECODE_ROWS, number);
-    const int row = item.nth * dense.item_splits * dense.split_keys, head = item.head,
-              entry = (int)fad_cache_entry(&p, item.b);
-    if (row >= (p.seqused_k ? p.seqused_k[item.b] : (int)p.Sk))
+    const int key = ((int)threadIdx.x % 32 * S::PRODUCERS + warp) * box_rows(p, S::BOX_KEYS),
+              row = item.nth * dense.item_splits * dense.split_keys + key, page_size = (int)p.page_size,
+              column = row / page_size;
+    if (key >= BLOCK_KEYS || row >= (int)p.Sk)
         return;
-    const uint64_t policy = read_once();
-#pragma unroll 1
-    for (int at = row; at < row + BLOCK_KEYS; at += S::SLOT_KEYS / S::SLOT_PRODUCERS)
-#pragma unroll
-        for (int dim = 0; dim < S::D; dim += 64) {
-            prefetch_box(k_map, dim, at, head, entry, policy);
-            prefetch_box(v_map, dim, at, head, entry, policy);
-        }
+    /* asked for before the length is looked at */
+    const int page = p.block_table[item.b * p.block_table_stride + column];
+    if (row < (p.seqused_k ? p.seqused_k[item.b] : (int)p.Sk))
+        prefetch_keys<S>(k_map, v_map, row - column * page_size, item.head, min(max(page, 0), (int)p.Bk - 1));
 }
 
 template <class S> struct MmaDecodeProducer {
-    static constexpr int ROWS = S::SLOT_KEYS / S::SLOT_PRODUCERS; /* of a slot, a warp's */
+    static constexpr int ROWS = S::BOX_KEYS; /* of a slot, a warp's */
     const fad_attn_problem &p;
     MmaDecodeShared<S> &sm;
     Ring ring;
@@ -99,7 +125,7 @@ template <class S> struct MmaDecodeProducer {
         find(found, from, key + first + BLOCK_KEYS);
 #pragma unroll
         for (int i = 0; i < ROWS / 32; i++)
-            from.template copy_found<S::SLOT_KEYS, S::D / 64, 8>(to, of_slot[i], key + first + i * 32, sm.range.lo,
+            from.template copy_found<S::SLOT_KEYS, S::CHUNKS, 8>(to, of_slot[i], key + first + i * 32, sm.range.lo,
                                                                  sm.range.hi, first + i * 32, 0, read_once());
     }
 
@@ -107,14 +133,18 @@ template <class S> struct MmaDecodeProducer {
         static_assert(S::PRODUCERS == S::SLOT_PRODUCERS, "a warp misses no round of a slot");
         const int first = warp * ROWS; /* row of every slot */
         const KeyCopier<ROWS, S::D / 64, S::SLOT_KEYS> copier(p, sm.t, sm.range, read_once());
-        copier.run(k_map, v_map, [&](auto copy_k, auto copy_v) {
+        auto each = [&](auto copy_k, auto copy_v) {
             auto next = [&](auto &copy, int key) {
                 const int i = ring.index;
                 copy(key + first, 0, sm.ring[i] + first * 128, sm.empty[i], ring.round ^ 1, sm.full[i]);
                 ring.advance(S::SLOTS);
             };
             run([&](int key) { next(copy_k, key); }, [&](int key) { next(copy_v, key); });
-        });
+        };
+        if constexpr (S::SOURCE == PAGES_BY_ENGINE)
+            copier.run_pages(k_map, v_map, each);
+        else
+            copier.run_rows(k_map, v_map, each);
     }
 };
 

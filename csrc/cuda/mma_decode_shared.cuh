@@ -13,19 +13,24 @@ constexpr int ROLE_WARPS = 4, ROLE_THREADS = ROLE_WARPS * 32; /* score warps; th
 constexpr int DECODE_CONSUMERS = 2 * ROLE_THREADS;
 constexpr int WARP_UNITS = BLOCK_UNITS / ROLE_WARPS; /* a score warp's */
 
-/* RESIDENT: thread blocks of a multiprocessor, one's start and end beside the other's work. ENGINE: the copy engine copies K
- * and V. */
-template <fad_dtype T_, int D_, int SLOTS_, int RESIDENT_, bool ENGINE_> struct MmaDecodeShape {
+/* Who brings K and V: warps that copy, from wherever they lie, or the copy engine, from one buffer or from pages. */
+enum KeySource { COPIED_BY_WARPS, ROWS_BY_ENGINE, PAGES_BY_ENGINE };
+
+/* RESIDENT: thread blocks of a multiprocessor, one's start and end beside the other's work. */
+template <fad_dtype T_, int D_, int SLOTS_, int RESIDENT_, KeySource SOURCE_> struct MmaDecodeShape {
     static constexpr fad_dtype T = T_;
     static constexpr int D = D_; /* of q, k and v, zero-padded */
     static constexpr int SLOTS = SLOTS_, RESIDENT = RESIDENT_;
-    static constexpr bool ENGINE = ENGINE_;
+    static constexpr KeySource SOURCE = SOURCE_;
+    static constexpr bool ENGINE = SOURCE != COPIED_BY_WARPS;
     /* Keys of K or V that are copied together: a slot takes a producing warp hundreds of cycles, however small it is. */
     static constexpr int SLOT_KEYS = D == 64 ? 128 : 64, BLOCK_SLOTS = BLOCK_KEYS / SLOT_KEYS;
     static constexpr int SLOT_WARPS = SLOT_KEYS / UNIT_KEYS / WARP_UNITS; /* score warps that read one slot of K */
-    /* Warps that tell the copy engine what to copy, each its rows of every slot; or that copy, the same slots of every
-     * block. */
-    static constexpr int PRODUCERS = ENGINE ? 2 : 4, SLOT_PRODUCERS = ENGINE ? PRODUCERS : PRODUCERS / BLOCK_SLOTS;
+    /* Warps that copy, each some rows of the same slots of every block; or that tell the copy engine what to copy, each its
+     * rows of every slot. In pages there are many boxes to ask for; otherwise large ones are faster. */
+    static constexpr int PRODUCERS = SOURCE == ROWS_BY_ENGINE ? 2 : 4,
+                         SLOT_PRODUCERS = ENGINE ? PRODUCERS : PRODUCERS / BLOCK_SLOTS,
+                         BOX_KEYS = SLOT_KEYS / SLOT_PRODUCERS; /* of a slot, a warp's: a box, or more of small pages */
     static constexpr int THREADS = DECODE_CONSUMERS + PRODUCERS * 32;
     static constexpr int CHUNKS = D / 8;           /* of 16 bytes, in a row of q */
     static constexpr int SLOT = SLOT_KEYS * D * 2; /* bytes */

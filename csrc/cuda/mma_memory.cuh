@@ -61,11 +61,15 @@ struct Keys {
      * that what nobody sees cannot matter (N4, N11). */
     template <int ROWS, int CHUNKS, int THREADS>
     __device__ __forceinline__ void load(char *to, int key, int lo, int hi, int first_dim, int thread) const {
-        static_assert(THREADS % CHUNKS == 0, "a thread stays in one column of chunks");
-        if (seq.pages) {
+        if (seq.pages)
             load_paged<ROWS, CHUNKS, THREADS>(to, key, lo, hi, first_dim, thread);
-            return;
-        }
+        else
+            load_rows<ROWS, CHUNKS, THREADS>(to, key, lo, hi, first_dim, thread);
+    }
+    /* The same where keys are not in pages. */
+    template <int ROWS, int CHUNKS, int THREADS>
+    __device__ __forceinline__ void load_rows(char *to, int key, int lo, int hi, int first_dim, int thread) const {
+        static_assert(THREADS % CHUNKS == 0, "a thread stays in one column of chunks");
         constexpr int STEP = THREADS / CHUNKS;
         const int chunk = thread % CHUNKS, r = thread / CHUNKS, d = first_dim + chunk * 8;
         const char *from = data + (key + r) * stride + 2 * d;
@@ -87,26 +91,31 @@ struct Keys {
         return fad_key_offset(&view, 0, {fad_clamp(place.page, 0, (int64_t)seq.n_pages - 1), place.row});
     }
 
-    /* 32 keys in pages, number `key` on, of which each lane has found one, PIECES times 64 dims from first_dim on, by a warp,
-     * to rows first_row on of pieces of ROWS rows. Zeros as in load. LANES copy a row, and ask the lane that has found it. */
-    template <int ROWS, int PIECES, int LANES>
+    /* 32 keys in pages, number `key` on, of which each lane has found one, CHUNKS chunks from first_dim on, by a warp, to rows
+     * first_row on of pieces of ROWS rows and ROW_CHUNKS chunks. Zeros as in load. LANES copy a row, and ask the lane that has
+     * found it. */
+    template <int ROWS, int CHUNKS, int LANES, int ROW_CHUNKS = 8>
     __device__ __forceinline__ void copy_found(char *to, const KeyPlace &found, int key, int lo, int hi, int first_row,
                                                int first_dim, uint64_t policy) const {
-        constexpr int STEP = 32 / LANES; /* keys at a time */
+        constexpr int STEP = 32 / LANES, LINE = 8 / ROW_CHUNKS; /* keys at a time, and in 128 bytes */
         int lane = threadIdx.x % 32;
         asm volatile("" : "+r"(lane)); /* or its register is read again for every copy */
         const int chunk = lane % LANES, r = lane / LANES, d = first_dim + chunk * 8;
         const char *const row = data + 2 * offset(found);
         const unsigned exist = __ballot_sync(~0u, key + lane >= lo && key + lane < hi) >> r;
-        char *const piece = to + (first_row + r) * 128;
-        const int column = (chunk ^ r) * 16; /* swizzled as far as r goes */
+        /* Its row, hidden from ptxas 13.0, which writes an illegal instruction where it finds that all lanes share a part of it;
+         * and its place there. That of other rows and chunks is an exclusive or away, because r < STEP and chunk < LANES. */
+        unsigned piece = shared_address(to) + (first_row + r) * ROW_CHUNKS * 16;
+        asm volatile("" : "+r"(piece));
+        const int column = swizzled<ROW_CHUNKS>(r, chunk) - r * ROW_CHUNKS * 16;
 #pragma unroll
         for (int i = 0; i < 32; i += STEP) {
             const char *const from = (const char *)__shfl_sync(~0u, (uint64_t)row, i + r) + 2 * d;
 #pragma unroll
-            for (int c = 0; c < PIECES * 8; c += LANES)
-                cp_async16(piece + (c / 8 * ROWS + i) * 128 + (column ^ (c % 8 ^ i % 8) * 16), from + c * 16,
-                           exist >> i & 1 && d + c * 8 < dims ? 16 : 0, policy);
+            for (int c = 0; c < CHUNKS; c += LANES)
+                cp_async16(piece + (c / ROW_CHUNKS * ROWS + i) * ROW_CHUNKS * 16 +
+                               (column ^ (c ^ i / LINE) % ROW_CHUNKS * 16),
+                           from + c * 16, exist >> i & 1 && d + c * 8 < dims ? 16 : 0, policy);
         }
     }
 

@@ -24,10 +24,10 @@ static __device__ __forceinline__ void cp_async16(void *to, const void *from, in
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                  : "memory");
 }
-/* The same with a policy of the L2 cache. */
-static __device__ __forceinline__ void cp_async16(void *to, const void *from, int bytes, uint64_t policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(to)),
-                 "l"(from), "r"(bytes), "l"(policy)
+/* The same with a policy of the L2 cache; to: shared_address(). */
+static __device__ __forceinline__ void cp_async16(unsigned to, const void *from, int bytes, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(bytes),
+                 "l"(policy)
                  : "memory");
 }
 /* The same of 4 bytes, or of none. */
@@ -92,6 +92,16 @@ static __device__ __forceinline__ void wait_for_last_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+/* 16 bytes, read where this stands in the code. */
+static __device__ __forceinline__ uint4 load_shared(const uint4 *from) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(shared_address(from))
+                 : "memory");
+    return x;
 }
 
 /* Four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8, 16 bytes. */

@@ -114,7 +114,9 @@ inline unsigned shared_address(const void *p) { return (unsigned)((const char *)
 inline uint64_t keep_as_usual() { return 0; }
 inline uint64_t read_once() { return 0; }
 inline void cp_async16(void *to, const void *from, int bytes) { emulation::copy16(to, from, bytes); }
-inline void cp_async16(void *to, const void *from, int bytes, uint64_t) { emulation::copy16(to, from, bytes); }
+inline void cp_async16(unsigned to, const void *from, int bytes, uint64_t) {
+    emulation::copy16(shared_memory + to, from, bytes);
+}
 inline void cp_async_commit() { emulation::commit_copies(); }
 template <int PENDING> inline void cp_async_wait() { emulation::wait_copies(PENDING); }
 typedef uint64_t MemoryBarrier;
