@@ -50,7 +50,7 @@ def test_cuda_cases_cover_every_group():
     assert min(packed.packed) >= 128
     assert max(packed.packed) == packed.Sk <= 4096
     assert all((case.page_size > 0) == (case.kind == "paged") for case in everything)
-    assert {case.page_size for case in by_kind["paged"]} == {16, 64}
+    assert {case.page_size for case in by_kind["paged"]} == {1, 16, 64}
     (limited,) = (case for case in everything if case.memory_limit)
     assert (limited.B, limited.Sq, limited.Hq, limited.D, limited.dtype) == (4, 2048, 32, 64, "float16")
     assert limited.memory_limit == 34 << 20

@@ -168,7 +168,7 @@ def test_n3_clusters_give_the_bits_of_other_kernels_for_splits_of_every_length(d
 
 @needs_hopper
 @pytest.mark.parametrize("D", [64, 128, 256])
-@pytest.mark.parametrize("Sq, group", [(1, 1), (1, 4), (1, 8), (3, 3), (2, 8), (16, 1)])
+@pytest.mark.parametrize(("Sq", "group"), [(1, 1), (1, 4), (1, 8), (3, 3), (2, 8), (16, 1)])
 def test_n1_clusters_send_each_other_any_number_of_rows(Sq, group, D):
     qkv = moved(tensors(B=2, Sq=Sq, Sk=2500, Hq=2 * group, Hk=2, D=D, dtype=torch.bfloat16))
     got = {}

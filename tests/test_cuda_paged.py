@@ -19,6 +19,7 @@ from cuda_tools import (
     int32,
     moved,
     needs_gpu,
+    needs_hopper,
     poisoned,
     tensors,
 )
