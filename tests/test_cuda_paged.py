@@ -110,18 +110,22 @@ def test_n1_pages_of_long_sequences(page_size, D):
 
 
 @needs_hopper
+@pytest.mark.parametrize("repeats", [1, 5])
 @pytest.mark.parametrize("D", [40, 64, 128, 256])
 @pytest.mark.parametrize("page_size", [1, 8, 16, 48])
-def test_n1_clusters_read_pages_of_long_splits(page_size, D):
+def test_n1_clusters_read_pages_of_long_splits(page_size, D, repeats):
+    """repeats: of the batch. Few splits have clusters of many thread blocks, many splits of few."""
     lengths = (2048, 1300, 513, 0)
     q, k, v = tensors(B=4, Sq=3, Sk=2048, Hq=8, D=D, dtype=torch.bfloat16)
-    pages, on_gpu = in_pages(k, v, page_size, lengths), q.cuda()
-    keywords = {"causal": True, "split_size": 1024}
+    pages, keywords = in_pages(k, v, page_size, lengths), {"causal": True, "split_size": 1024}
     expected = attention(*moved((q, k, v)), seqused_k=int32(*lengths).cuda(), **keywords)
+    pages = pages._replace(block_table=pages.block_table.repeat(repeats, 1))
+    q, lengths = q.cuda().repeat(repeats, 1, 1, 1), lengths * repeats
     with _schedule.forced(kernel="cluster", tile_rows=16, split_parallel=True), poisoned():
-        got = cached(on_gpu, pages, lengths, **keywords)
-    assert_same(got, expected, "a cluster for each split")
-    assert differing(got, cached(on_gpu, pages, lengths, causal=True, split_size=2048)) > 0
+        got = cached(q, pages, lengths, **keywords)
+    for out, lse in zip(*(x.split(4) for x in got), strict=True):
+        assert_same((out, lse), expected, "a cluster for each split")
+    assert differing(got, cached(q, pages, lengths, causal=True, split_size=2048)) > 0
 
 
 @every_option

@@ -1,7 +1,7 @@
 /* The split-KV kernel of compute capability 9.0 for calls that leave most of the device idle: a cluster of thread blocks
  * shares one split of up to 1024 keys.
  *
- * Each thread block computes S and P of its share of the keys, and O of 32 dims over all of them: O is a chain over the
+ * Each thread block computes S and P of its share of the keys, and O of 32 or 64 dims over all of them: O is a chain over the
  * keys, but one for each dim. So nearly all of K and V is asked for at once, and a split has two exchanges, of references
  * and of P, which a thread block writes into the shared memory of all. */
 #ifndef FAD_CUDA_HOPPER_CLUSTER_CUH
@@ -12,36 +12,38 @@
 #include "mma_output.cuh"
 
 constexpr int CLUSTER_WARPS = 8, CLUSTER_THREADS = CLUSTER_WARPS * 32; /* of a thread block */
-constexpr int CLUSTER_DIMS = 32;                             /* of O, a thread block's; 8 are a value warp's */
-constexpr int VALUE_WARPS = CLUSTER_DIMS / 8, SUM_WARPS = 2; /* the next two warps add up l: of rows g, of rows g + 8 */
-constexpr int COPY_THREADS = CLUSTER_THREADS / 2;            /* of K; the others copy q and V */
+constexpr int VALUE_WARPS = 4, SUM_WARPS = 2;     /* the next two warps add up l: of rows g, of rows g + 8 */
+constexpr int COPY_THREADS = CLUSTER_THREADS / 2; /* of K; the others copy q and V */
+constexpr int HALF_KEYS = CLUSTER_KEYS / 2;       /* values are there in two halves */
 
-template <fad_dtype T_, int D_> struct ClusterShape {
+/* DIMS: of O, a thread block's. */
+template <fad_dtype T_, int D_, int DIMS_> struct ClusterShape {
     static constexpr fad_dtype T = T_;
     static constexpr int D = D_;                                   /* of q, k and v, zero-padded */
     static constexpr int CHUNKS = D / 8;                           /* of 16 bytes, in a row of q */
-    static constexpr int RANKS = D / CLUSTER_DIMS;                 /* thread blocks of a cluster */
+    static constexpr int DIMS = DIMS_, DIM_CHUNKS = DIMS / 8;      /* of 16 bytes, in a row of V */
+    static constexpr int TILES = DIM_CHUNKS / VALUE_WARPS;         /* n8 tiles of O that are a value warp's */
+    static constexpr int RANKS = D / DIMS;                         /* thread blocks of a cluster */
     static constexpr int KEYS = CLUSTER_KEYS / RANKS;              /* a thread block's share of S */
     static constexpr int UNITS = KEYS / UNIT_KEYS / CLUSTER_WARPS; /* a warp's share of them */
     static constexpr int PARTS = BLOCK_UNITS / UNITS;              /* warps that share a block */
     static constexpr int ALL_PARTS = CLUSTER_BLOCKS * PARTS;       /* warps of the cluster */
+    static constexpr int HALF_BYTES = HALF_KEYS * DIMS * 2;        /* of half of V */
+    static constexpr int RESIDENT = DIMS == 32 ? 2 : 1;            /* thread blocks that fit on a multiprocessor */
 };
-
-/* Two thread blocks fit on a multiprocessor. Values are there in two halves, the second of which replaces K: */
-constexpr int HALF_KEYS = CLUSTER_KEYS / 2, HALF_BYTES = HALF_KEYS * CLUSTER_DIMS * 2;
 
 template <class S> struct ClusterShared {
     union {
         alignas(1024) char k[S::KEYS * S::D * 2]; /* in pieces of 64 dims; later, */
         struct {
-            uint4 p[CLUSTER_KEYS / UNIT_KEYS][32]; /* P of all keys as a operands */
-            char second[HALF_BYTES];
+            uint4 p[CLUSTER_KEYS / UNIT_KEYS][32]; /* P of all keys as a operands, */
+            char second[S::HALF_BYTES];            /* and the second half of V */
         };
     };
-    char first[HALF_BYTES];
+    char first[S::HALF_BYTES];
     union {
         char q[DECODE_ROWS * S::D * 2];
-        float4 o[VALUE_WARPS * 32]; /* to be finished */
+        float4 o[S::TILES][VALUE_WARPS * 32]; /* to be finished */
     };
     float references[DECODE_ROWS][S::ALL_PARTS + 4]; /* of the largest score, of every warp; rows in different banks */
     float alpha[CLUSTER_BLOCKS][DECODE_ROWS]; /* N6: what O and l are multiplied by before each block but the first */
@@ -52,9 +54,10 @@ template <class S> struct ClusterShared {
     /* References and P of all thread blocks may be read; the second half of V may. Each is used once. */
     MemoryBarrier references_there, p_there, second_there;
 
-    /* 32 dims of the values of a block. */
+    /* This thread block's dims of the values of a block. */
     __device__ __forceinline__ const char *values(int block) const {
-        return second + (block ^ CLUSTER_BLOCKS / 2) * BLOCK_KEYS * CLUSTER_DIMS * 2;
+        constexpr int HALF = CLUSTER_BLOCKS / 2;
+        return (block < HALF ? first : second) + block % HALF * BLOCK_KEYS * S::DIMS * 2;
     }
 };
 
@@ -65,8 +68,8 @@ template <class S> struct ClusterThread {
     const ScoreRule &rule;
     const int blocks; /* of keys */
     const int rank = blockIdx.x % S::RANKS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int first_dim = rank * CLUSTER_DIMS + warp * 8; /* of O, a value warp's */
-    float m;                                              /* the last reference of row lane % 16 */
+    const int first_dim = rank * S::DIMS + warp * S::TILES * 8; /* of O, a value warp's */
+    float m;                                                    /* the last reference of row lane % 16 */
 
     static __device__ __forceinline__ float of_row(float x, int r) { return __shfl_sync(~0u, x, r); }
 
@@ -115,11 +118,11 @@ template <class S> struct ClusterThread {
     __device__ __forceinline__ void load_values(char *to, int half, const ValuePlaces &found) const {
         const int first = half * HALF_KEYS, row = values_row();
         if (sm.t.seq.pages)
-            copy<HALF_KEYS, CLUSTER_DIMS / 8, 2, CLUSTER_DIMS / 8>(to, values(), found, first + row, row,
-                                                                   rank * CLUSTER_DIMS);
+            copy<HALF_KEYS, S::DIM_CHUNKS, S::DIM_CHUNKS / 2, S::DIM_CHUNKS>(to, values(), found, first + row, row,
+                                                                             rank * S::DIMS);
         else
-            values().template load_rows<HALF_KEYS, CLUSTER_DIMS / 8, COPY_THREADS>(
-                to, first, sm.range.lo, sm.range.hi, rank * CLUSTER_DIMS, threadIdx.x % COPY_THREADS);
+            values().template load_rows<HALF_KEYS, S::DIM_CHUNKS, COPY_THREADS>(
+                to, first, sm.range.lo, sm.range.hi, rank * S::DIMS, threadIdx.x % COPY_THREADS);
         cp_async_commit();
     }
 
@@ -220,20 +223,25 @@ template <class S> struct ClusterThread {
             barrier_wait(sm.second_there, 0);
     }
 
-    /* What a block's steps need of a warp's eight dims. */
+    /* What a block's steps need of a warp's dims. */
+    static constexpr int VALUE_LOADS = BLOCK_UNITS * S::TILES / 2;
     struct Fragments {
         uint4 p[BLOCK_UNITS];
-        unsigned v[BLOCK_UNITS / 2][4]; /* of two units */
-        float alpha[2];                 /* of rows g and g + 8 */
+        unsigned v[VALUE_LOADS][4]; /* b operands, two words for each unit and tile of it */
+        float alpha[2];             /* of rows g and g + 8 */
     };
-    __device__ __forceinline__ void fetch_values(unsigned (&v)[4], int block, int pair) const {
-        ldmatrix_transposed(v, sm.values(block) + swizzled<CLUSTER_DIMS / 8>(pair * 32 + lane, warp));
+    /* Of two units, or of the two tiles of one. */
+    __device__ __forceinline__ void fetch_values(unsigned (&v)[4], int block, int nth) const {
+        if constexpr (S::TILES == 1)
+            ldmatrix_transposed(v, sm.values(block) + swizzled<S::DIM_CHUNKS>(nth * 32 + lane, warp));
+        else
+            load_value_fragment<S::DIM_CHUNKS>(v, sm.values(block), nth * UNIT_KEYS, warp);
     }
     /* One of BLOCK_UNITS parts of them. */
     __device__ __forceinline__ void fetch(Fragments &f, int block, int unit) const {
         f.p[unit] = load_shared(&sm.p[block * BLOCK_UNITS + unit][lane]);
-        if (unit % 2 == 0)
-            fetch_values(f.v[unit / 2], block, unit / 2);
+        if (unit * S::TILES % 2 == 0)
+            fetch_values(f.v[unit * S::TILES / 2], block, unit * S::TILES / 2);
         if (unit < 2)
             f.alpha[unit] = sm.alpha[block][lane / 4 + unit * 8];
     }
@@ -246,9 +254,9 @@ template <class S> struct ClusterThread {
         for (int b = whole ? 0 : whole_end; b < blocks; b = b + 1 == whole ? whole_end : b + 1) {
             wait_for_second(b);
 #pragma unroll
-            for (int pair = 0; pair < BLOCK_UNITS / 2; pair++) {
+            for (int nth = 0; nth < VALUE_LOADS; nth++) {
                 unsigned v[4];
-                fetch_values(v, b, pair);
+                fetch_values(v, b, nth);
 #pragma unroll
                 for (int i = 0; i < 4; i++)
                     full |= exponents_full<S::T>(v[i]);
@@ -258,7 +266,7 @@ template <class S> struct ClusterThread {
     }
 
     /* N7: O of this warp's dims. A block's operands are on their way while the one before is multiplied. */
-    __device__ __forceinline__ void multiply(float (&o)[4]) const {
+    __device__ __forceinline__ void multiply(float (&o)[S::TILES][4]) const {
         Fragments f[2];
 #pragma unroll
         for (int u = 0; u < BLOCK_UNITS; u++)
@@ -271,12 +279,15 @@ template <class S> struct ClusterThread {
                 wait_for_second(b + 1);
             const Fragments &now = f[b % 2];
 #pragma unroll
-            for (int e = 0; e < 4 && b > 0; e++)
-                o[e] = fad_f32_mul(o[e], now.alpha[e / 2]);
+            for (int e = 0; e < S::TILES * 4 && b > 0; e++)
+                o[e / 4][e % 4] = fad_f32_mul(o[e / 4][e % 4], now.alpha[e % 4 / 2]);
 #pragma unroll
             for (int u = 0; u < BLOCK_UNITS; u++) {
-                mma_step<S::T>(o, {now.p[u].x, now.p[u].y, now.p[u].z, now.p[u].w}, now.v[u / 2][u % 2 * 2],
-                               now.v[u / 2][u % 2 * 2 + 1]);
+#pragma unroll
+                for (int n = 0; n < S::TILES; n++) {
+                    const unsigned *const v = &now.v[(u * S::TILES + n) / 2][(u * S::TILES + n) % 2 * 2];
+                    mma_step<S::T>(o[n], {now.p[u].x, now.p[u].y, now.p[u].z, now.p[u].w}, v[0], v[1]);
+                }
                 if (b + 1 < CLUSTER_BLOCKS)
                     fetch(f[(b + 1) % 2], b + 1, u); /* past the last: never used */
                 __syncwarp();                        /* or the compiler puts it off until its use */
@@ -285,7 +296,7 @@ template <class S> struct ClusterThread {
     }
 
     /* The same where N11 needs care. Rare: little code. */
-    __device__ __forceinline__ void multiply_guarded(float (&o)[4]) const {
+    __device__ __forceinline__ void multiply_guarded(float (&o)[S::TILES][4]) const {
         float before = FAD_F32_SENTINEL;
 #pragma unroll 1
         for (int unit = 0; unit < blocks * BLOCK_UNITS; unit++) {
@@ -294,17 +305,20 @@ template <class S> struct ClusterThread {
                 wait_for_second(block);
                 const float now = advance(before, block), alpha = fad_f32_pow2(fad_f32_sub(before, now));
 #pragma unroll
-                for (int e = 0; e < 4; e++)
-                    o[e] = fad_f32_mul(o[e], of_row(alpha, lane / 4 + e / 2 * 8));
+                for (int e = 0; e < S::TILES * 4; e++)
+                    o[e / 4][e % 4] = fad_f32_mul(o[e / 4][e % 4], of_row(alpha, lane / 4 + e % 4 / 2 * 8));
                 before = now;
             }
             const uint4 x = sm.p[unit][lane];
-            unsigned b[4]; /* of the last 16 keys twice */
-            ldmatrix_transposed(b, sm.values(block) + swizzled<CLUSTER_DIMS / 8>(key % BLOCK_KEYS + lane % 16, warp));
-            if (sm.range.partial(block)) {
-                guarded_step<S::T>(sm.rows, o, {x.x, x.y, x.z, x.w}, {b[0], b[1]}, key, lane);
-            } else {
-                mma_step<S::T>(o, {x.x, x.y, x.z, x.w}, b[0], b[1]);
+#pragma unroll
+            for (int n = 0; n < S::TILES; n++) {
+                unsigned b[4]; /* of the last 16 keys twice */
+                ldmatrix_transposed(b, sm.values(block) +
+                                           swizzled<S::DIM_CHUNKS>(key % BLOCK_KEYS + lane % 16, warp * S::TILES + n));
+                if (sm.range.partial(block))
+                    guarded_step<S::T>(sm.rows, o[n], {x.x, x.y, x.z, x.w}, {b[0], b[1]}, key, lane);
+                else
+                    mma_step<S::T>(o[n], {x.x, x.y, x.z, x.w}, b[0], b[1]);
             }
         }
     }
@@ -330,28 +344,29 @@ template <class S> struct ClusterThread {
 
     /* ---- the split's state ---- */
 
-    /* N8 (sink), N9: to out and lse. */
-    __device__ __forceinline__ void finish(const float (&o)[4], float l) const {
-        sm.o[threadIdx.x] = make_float4(o[0], o[1], o[2], o[3]);
+    /* N8 (sink), N9: to out and lse. Lane i finishes row i % 16 of tile i / 16. */
+    __device__ __forceinline__ void finish(const float (&o)[S::TILES][4], float l) const {
+#pragma unroll
+        for (int n = 0; n < S::TILES; n++)
+            sm.o[n][threadIdx.x] = make_float4(o[n][0], o[n][1], o[n][2], o[n][3]);
         __syncwarp(); /* it may be read */
-        const int r = lane;
-        if (r >= sm.t.n_rows)
+        const int r = lane % DECODE_ROWS, n = lane / DECODE_ROWS, dim = first_dim + n * 8;
+        if (r >= sm.t.n_rows || n >= S::TILES)
             return;
-        const float2 *from = (const float2 *)&sm.o[warp * 32 + r % 8 * 4] + r / 8;
+        const float2 *from = (const float2 *)&sm.o[n][warp * 32 + r % 8 * 4] + r / 8;
         float x[8];
 #pragma unroll
         for (int i = 0; i < 4; i++)
             x[2 * i] = from[2 * i].x, x[2 * i + 1] = from[2 * i].y;
-        const uint4 out = finish_chunk<S::T>(p, sm.t, r, m, l, x, first_dim == 0);
-        if (first_dim < p.Dv)
-            *(uint4 *)((uint16_t *)out_row(p, sm.t, r).data + first_dim) = out;
+        const uint4 out = finish_chunk<S::T>(p, sm.t, r, m, l, x, dim == 0);
+        if (dim < p.Dv)
+            *(uint4 *)((uint16_t *)out_row(p, sm.t, r).data + dim) = out;
     }
 
-    __device__ __forceinline__ void spill(const float (&o)[4], const fad_partials &partials) const {
+    __device__ __forceinline__ void spill(const float (&o)[S::TILES][4], const fad_partials &partials) const {
         const int g = lane / 4;
-        const float of_tile[1][4] = {{o[0], o[1], o[2], o[3]}};
         const RowPair state = {{of_row(m, g), of_row(m, g + 8)}, {sm.l[g], sm.l[g + 8]}};
-        spill_rows(p, sm.t, partials, sm.range.split, 0, state, of_tile, first_dim);
+        spill_rows(p, sm.t, partials, sm.range.split, 0, state, o, first_dim);
     }
 
     /* From the item to its state. */
@@ -366,7 +381,7 @@ template <class S> struct ClusterThread {
         share_probabilities(second);
         const bool care = warp < VALUE_WARPS && need_care();
         barrier_wait_cluster(sm.p_there, 0); /* P may be read */
-        float o[4] = {0, 0, 0, 0};
+        float o[S::TILES][4] = {};
         if (warp < VALUE_WARPS) {
             if (care)
                 multiply_guarded(o);
@@ -392,14 +407,15 @@ template <class S> struct ClusterThread {
             if (rank == 0)
                 spill_empty(p, sm.t, partials, sm.range.from, sm.range.to, threadIdx.x, CLUSTER_THREADS);
         } else if (warp < VALUE_WARPS) {
-            finish({0, 0, 0, 0}, 0);
+            const float zeros[S::TILES][4] = {};
+            finish(zeros, 0);
         }
     }
 };
 
 /* An item, a tile with one split, for each cluster. */
 template <class S>
-__global__ void __cluster_dims__(S::RANKS) __launch_bounds__(CLUSTER_THREADS, 2)
+__global__ void __cluster_dims__(S::RANKS) __launch_bounds__(CLUSTER_THREADS, S::RESIDENT)
     hopper_cluster_kernel(const __grid_constant__ fad_attn_problem p, const __grid_constant__ Work work) {
     extern __shared__ __align__(1024) char shared_memory[];
     ClusterShared<S> &sm = *(ClusterShared<S> *)shared_memory;
@@ -422,7 +438,8 @@ __global__ void __cluster_dims__(S::RANKS) __launch_bounds__(CLUSTER_THREADS, 2)
 }
 
 template <class S> static MmaKernel hopper_cluster_of() {
-    static_assert(2 * sizeof(ClusterShared<S>) <= 226 * 1024, "two thread blocks share a multiprocessor");
+    static_assert(S::RESIDENT * (sizeof(ClusterShared<S>) + 1024) <= 228 * 1024, "they share a multiprocessor");
+    static_assert(sizeof(ClusterShared<S>::p) + S::HALF_BYTES <= sizeof(ClusterShared<S>::k), "they replace it");
     return {DECODE_ROWS, S::D, CLUSTER_THREADS, false, sizeof(ClusterShared<S>), 0, hopper_cluster_kernel<S>, S::RANKS};
 }
 

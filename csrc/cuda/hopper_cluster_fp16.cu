@@ -2,9 +2,11 @@
 
 MmaKernels hopper_cluster_fp16() {
     static const MmaKernel kernels[] = {
-        hopper_cluster_of<ClusterShape<FAD_FLOAT16, 64>>(),
-        hopper_cluster_of<ClusterShape<FAD_FLOAT16, 128>>(),
-        hopper_cluster_of<ClusterShape<FAD_FLOAT16, 256>>(),
+        hopper_cluster_of<ClusterShape<FAD_FLOAT16, 64, 32>>(),
+        hopper_cluster_of<ClusterShape<FAD_FLOAT16, 128, 32>>(),
+        hopper_cluster_of<ClusterShape<FAD_FLOAT16, 128, 64>>(),
+        hopper_cluster_of<ClusterShape<FAD_FLOAT16, 256, 32>>(),
+        hopper_cluster_of<ClusterShape<FAD_FLOAT16, 256, 64>>(),
     };
     return list_kernels(kernels);
 }

@@ -62,7 +62,7 @@ static bool may_spill(const fad_attn_problem *p, const Plan &plan) {
 }
 
 /* The kernel whose clusters share splits, where that is possible and pays: splits are long, and so few that each can have a
- * cluster at once. Else null. */
+ * cluster at once, of many thread blocks or else of few. Else null. */
 static const MmaKernel *choose_cluster(const fad_attn_problem *p, const Plan &plan) {
 #ifdef FAD_HOPPER
     const fad_schedule *forced = fad_core->forced_schedule();
@@ -72,12 +72,19 @@ static const MmaKernel *choose_cluster(const fad_attn_problem *p, const Plan &pl
     if (plan.device.compute != 90 || !wanted || !few || !fits || !(plan.n_splits == 1 || may_spill(p, plan)))
         return nullptr;
     const MmaKernels table = p->dtype == FAD_BFLOAT16 ? hopper_cluster_bf16() : hopper_cluster_fp16();
-    const MmaKernel *kernel = table.begin;
-    while (kernel->dims < max(p->D, p->Dv))
-        kernel++;
-    const int64_t blocks = tile_bound(*p, DECODE_ROWS) * plan.n_splits * kernel->ranks;
-    const bool pays = min(p->Sk, p->split_size) >= CLUSTER_KEYS * 3 / 4 && blocks <= plan.device.multiprocessors;
-    return forced->kernel || pays ? kernel : nullptr;
+    const int64_t dims = max(p->D, p->Dv), items = tile_bound(*p, DECODE_ROWS) * plan.n_splits;
+    const bool pays = min(p->Sk, p->split_size) >= CLUSTER_KEYS * 3 / 4;
+    const MmaKernel *best = nullptr;
+    for (const MmaKernel *k = table.begin; k < table.end && (pays || forced->kernel); k++) {
+        if (k->dims < dims || (k->dims > 64 && k->dims / 2 >= dims))
+            continue;
+        /* multiprocessors that such clusters can have for themselves: pairs all, larger ones not quite */
+        if (items * k->ranks <= plan.device.multiprocessors * (k->ranks > 2 ? 7 : 8) / 8)
+            return k;
+        if (forced->kernel)
+            best = k;
+    }
+    return best;
 #else
     (void)p, (void)plan;
     return nullptr;
