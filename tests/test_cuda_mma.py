@@ -7,6 +7,7 @@ checked of the oracle without a GPU in test_mma_oracle.py.
 
 import itertools
 import warnings
+from functools import partial
 from pathlib import Path
 
 import mma_oracle
@@ -28,6 +29,7 @@ from cuda_tools import (
     poisoned,
     tensors,
 )
+from paging import in_pages
 
 import flash_attn_det as fad
 from flash_attn_det import _schedule
@@ -93,14 +95,18 @@ def test_n8_partials_are_the_same_for_every_kernel_and_merge_to_the_fused_result
 
 
 def kernels_of(*qkv, split_size=SPLIT, **schedule):
-    """Names of the kernels that a call runs under a schedule."""
+    """Names of the kernels that a call of attn runs under a schedule."""
+    return kernels_of_call(lambda: attention(*qkv, causal=True, split_size=split_size), **schedule)
+
+
+def kernels_of_call(call, **schedule):
     with _schedule.forced(**schedule):
-        attention(*qkv, causal=True, split_size=split_size)
+        call()
         torch.cuda.synchronize()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the profiler warns of what it lacks on a machine
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                attention(*qkv, causal=True, split_size=split_size)
+                call()
                 torch.cuda.synchronize()
             events = profile.events()
     names = {event.name for event in events if str(event.device_type).endswith("CUDA")}
@@ -129,6 +135,23 @@ def test_forced_hopper_kernels_are_not_the_generic_ones(D):
     hopper = [kernels_of(*qkv, kernel="hopper", tile_rows=n, split_parallel=False) for n in (16, 128)]
     for a, b in itertools.combinations([*generic, *hopper], 2):
         assert not a & b
+
+
+@needs_hopper
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_the_copy_engine_reads_pages_of_16_rows_by_a_kernel_of_their_own(D):
+    """And leaves those of 8 to the generic one."""
+    q, k, v = tensors(B=1, Sq=1, Sk=700, D=D, dtype=torch.bfloat16)
+    used = torch.tensor([700], dtype=torch.int32, device="cuda")
+
+    def kernels(page_size, kernel):
+        pool_k, pool_v, table = moved(in_pages(k, v, page_size))
+        call = partial(fad.attn_with_kvcache, q.cuda(), pool_k, pool_v, cache_seqlens=used, block_table=table)
+        return kernels_of_call(call, kernel=kernel, tile_rows=16)
+
+    assert not kernels(16, "hopper") & kernels(16, "generic")
+    assert not kernels(16, "hopper") & kernels_of(*moved((q, k, v)), kernel="hopper", tile_rows=16, split_size=1024)
+    assert kernels(8, "hopper") == kernels(8, "generic") == kernels(16, "generic")
 
 
 @needs_hopper

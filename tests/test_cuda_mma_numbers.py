@@ -17,12 +17,14 @@ from cuda_tools import (
     int32,
     moved,
     needs_gpu,
+    needs_hopper,
     packed,
     poisoned,
     rows,
     tensors,
 )
 
+from flash_attn_det import _schedule
 from flash_attn_det.reference import attn_oracle
 from flash_attn_det.testing import assert_bits_equal, bits_differ
 
@@ -42,6 +44,27 @@ def assert_same_kind(actual, expected, name=""):
     for got, want in zip(actual, expected):
         for kind in (torch.isnan, torch.isposinf, torch.isneginf):
             assert torch.equal(kind(got), kind(want)), f"{kind.__name__} {name}"
+
+
+@needs_hopper
+@every_16_bit_dtype
+@pytest.mark.parametrize("B", [1, 40])  # few splits have clusters of many thread blocks, many splits of few
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize(("Sk", "window", "key"), [(600, None, 598), (1000, None, 998), (1000, 600, 398)])
+def test_n11_values_reach_only_the_rows_that_see_them_in_clusters(Sk, window, key, D, B, dtype):
+    """Three rows, of which the first sees all keys but two, or with a window the last all but two of the first's."""
+    q, k, v = moved(tensors(B=B, Sq=3, Sk=Sk, D=D, dtype=dtype))
+    v[:, key, :, 3] = math.nan
+    keywords = {"causal": True, "window": (window or -1, -1), "split_size": 1024}
+    got = {}
+    for kernel in ("generic", "cluster"):
+        with _schedule.forced(kernel=kernel, tile_rows=16, split_parallel=True), poisoned():
+            got[kernel] = attention(q, k, v, **keywords)
+    assert_same(got["cluster"], got["generic"], f"key {key} of {Sk}")
+    blind = 2 if window else 0
+    reached = got["generic"][0].isnan().any(dim=-1)
+    assert reached[:, 1].all()
+    assert not reached[:, blind].any()
 
 
 @every_poison

@@ -187,7 +187,9 @@ template <class S> struct ClusterThread {
             load_values(sm.second, 1, second);
             barrier_arrive_copied(sm.second_there);
         }
-        barrier_wait_cluster(sm.references_there, 0); /* they may be read, and K of every thread block be overwritten */
+        /* They may be read, and K of every thread block be overwritten: a reference is computed from all of K that its warp
+         * reads, so that whoever has all of them knows that it has been read. */
+        barrier_wait_cluster(sm.references_there, 0);
         static_assert(CLUSTER_WARPS == CLUSTER_BLOCKS, "every warp finds the factors of one block");
         /* mine: the reference of this warp's keys; from, to: those before and after block number `warp` */
         float next = FAD_F32_SENTINEL, mine = 0, from = 0, to = 0;
@@ -250,7 +252,7 @@ template <class S> struct ClusterThread {
     __device__ __forceinline__ bool need_care() const {
         const int whole = sm.range.whole, whole_end = whole + sm.range.n_whole;
         unsigned full = 0;
-#pragma unroll 1
+#pragma unroll 1 /* the blocks before the whole ones, and those behind them */
         for (int b = whole ? 0 : whole_end; b < blocks; b = b + 1 == whole ? whole_end : b + 1) {
             wait_for_second(b);
 #pragma unroll
@@ -276,7 +278,7 @@ template <class S> struct ClusterThread {
             if (b >= blocks)
                 break;
             if (b + 1 == CLUSTER_BLOCKS / 2)
-                wait_for_second(b + 1);
+                barrier_wait(sm.second_there, 0);
             const Fragments &now = f[b % 2];
 #pragma unroll
             for (int e = 0; e < S::TILES * 4 && b > 0; e++)

@@ -14,8 +14,8 @@ __global__ void __launch_bounds__(S::THREADS, S::RESIDENT)
 
 template <class S> static HopperKernel hopper_decode_of() {
     return {{DECODE_ROWS, S::D, S::THREADS, false, sizeof(MmaDecodeShared<S>), 0, nullptr},
-            S::SOURCE == ROWS_BY_ENGINE,
-            S::SOURCE == PAGES_BY_ENGINE,
+            S::SOURCE == ROWS_BY_ENGINE,  /* rows */
+            S::SOURCE == PAGES_BY_ENGINE, /* pages */
             S::BOX_KEYS,
             16,
             false,

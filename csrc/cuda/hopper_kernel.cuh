@@ -15,7 +15,7 @@ struct HopperKernel {
     void (*run)(fad_attn_problem, Work, CUtensorMap k, CUtensorMap v);
 };
 
-/* By rows, then by dims, ascending. */
+/* In any order; of each head dim one that serves rows and one that serves pages, or one that serves both. */
 struct HopperKernels {
     const HopperKernel *begin, *end;
 };

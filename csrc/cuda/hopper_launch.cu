@@ -3,7 +3,7 @@
 #include "hopper_kernel.cuh"
 #include "host.cuh"
 
-/* The smallest tile that holds the rows, else the largest. */
+/* Of those that serve where the keys lie, the smallest tile that holds the rows, else the largest. */
 const HopperKernel *find_hopper_kernel(const fad_attn_problem *p, int64_t rows) {
     const bool bf16 = p->dtype == FAD_BFLOAT16;
     const HopperKernels tables[] = {bf16 ? hopper_decode_bf16() : hopper_decode_fp16(),

@@ -7,7 +7,7 @@
 
 #include <cuda.h>
 
-/* Makes initialised barriers known to the copy engine. */
+/* Makes initialised barriers known to the copy engine, and to the other thread blocks of a cluster. */
 static __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }

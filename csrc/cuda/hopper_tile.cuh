@@ -41,8 +41,8 @@ template <class S> static HopperKernel hopper_kernel_of() {
     static_assert(2 * BLOCK_KEYS / LEAST_BOX <= FOUND_BOXES, "K of block 1 is found first, and then V of block 0");
     return {{S::ROWS, S::D, S::THREADS, true, sizeof(HopperShared<S>),
              S::REST_IN_SHARED ? 0 : S::CONSUMERS * S::N * GROUP_THREADS * sizeof(float4), nullptr},
-            true,
-            true,
+            true, /* rows */
+            true, /* pages */
             BLOCK_KEYS / KEY_WARPS,
             LEAST_BOX,
             true,

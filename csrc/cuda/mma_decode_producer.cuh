@@ -6,10 +6,10 @@
 #include "hopper_copy.cuh"
 #include "mma_decode_shared.cuh"
 
-/* A box of K and of V to the L2 cache. */
+/* The boxes of K and V that begin with a row, to the L2 cache. */
 template <class S>
-static __device__ __forceinline__ void prefetch_keys(const CUtensorMap &k_map, const CUtensorMap &v_map, int row,
-                                                     int head, int entry) {
+static __device__ __forceinline__ void prefetch_boxes(const CUtensorMap &k_map, const CUtensorMap &v_map, int row,
+                                                      int head, int entry) {
     const uint64_t policy = read_once();
 #pragma unroll
     for (int dim = 0; dim < S::D; dim += 64) {
@@ -32,7 +32,7 @@ static __device__ __forceinline__ void prefetch_first_rows(const fad_attn_proble
         return;
 #pragma unroll 1
     for (int at = row; at < row + BLOCK_KEYS; at += S::BOX_KEYS)
-        prefetch_keys<S>(k_map, v_map, at, item.head, entry);
+        prefetch_boxes<S>(k_map, v_map, at, item.head, entry);
 }
 
 /* The same in pages, by the producing warps, of which this is number `warp`: each some of the boxes, because the lanes of one
@@ -42,7 +42,7 @@ static __device__ __forceinline__ void prefetch_first_pages(const fad_attn_probl
                                                             unsigned number, const CUtensorMap &k_map,
                                                             const CUtensorMap &v_map) {
     const DenseWork &dense = work.dense;
-    if (!dense.valid || p.leftpad_k || p.window_left >= 0)
+    if (!dense.valid || p.window_left >= 0) /* nor is there left padding: the engine would not do */
         return;
     const DenseItem item(dense, DECODE_ROWS, number);
     const int key = ((int)threadIdx.x % 32 * S::PRODUCERS + warp) * box_rows(p, S::BOX_KEYS),
@@ -53,7 +53,7 @@ static __device__ __forceinline__ void prefetch_first_pages(const fad_attn_probl
     /* asked for before the length is looked at */
     const int page = p.block_table[item.b * p.block_table_stride + column];
     if (row < (p.seqused_k ? p.seqused_k[item.b] : (int)p.Sk))
-        prefetch_keys<S>(k_map, v_map, row - column * page_size, item.head, min(max(page, 0), (int)p.Bk - 1));
+        prefetch_boxes<S>(k_map, v_map, row - column * page_size, item.head, min(max(page, 0), (int)p.Bk - 1));
 }
 
 template <class S> struct MmaDecodeProducer {
@@ -105,8 +105,8 @@ template <class S> struct MmaDecodeProducer {
     __device__ __forceinline__ void copy_rows(char *to, const Keys &from, int key, int first) const {
 #pragma unroll 1
         for (int piece = 0; piece < S::D / 64; piece++)
-            from.template load<ROWS, 8, 32>(to + (piece * S::SLOT_KEYS + first) * 128, key + first, sm.range.lo,
-                                            sm.range.hi, piece * 64, threadIdx.x % 32);
+            from.template load_rows<ROWS, 8, 32>(to + (piece * S::SLOT_KEYS + first) * 128, key + first, sm.range.lo,
+                                                 sm.range.hi, piece * 64, threadIdx.x % 32);
     }
 
     /* and in pages of any size; where keys lie, key + i * 32 + lane in each lane. */

@@ -92,12 +92,13 @@ struct Keys {
     }
 
     /* 32 keys in pages, number `key` on, of which each lane has found one, CHUNKS chunks from first_dim on, by a warp, to rows
-     * first_row on of pieces of ROWS rows and ROW_CHUNKS chunks. Zeros as in load. LANES copy a row, and ask the lane that has
+     * first_row on, a multiple of 8, of pieces of ROWS rows and ROW_CHUNKS chunks. Zeros as in load. LANES copy a row, and ask the lane that has
      * found it. */
     template <int ROWS, int CHUNKS, int LANES, int ROW_CHUNKS = 8>
     __device__ __forceinline__ void copy_found(char *to, const KeyPlace &found, int key, int lo, int hi, int first_row,
                                                int first_dim, uint64_t policy) const {
         constexpr int STEP = 32 / LANES, LINE = 8 / ROW_CHUNKS; /* keys at a time, and in 128 bytes */
+        static_assert(LANES <= ROW_CHUNKS && CHUNKS % LANES == 0 && STEP % LINE == 0, "else chunks go to wrong places");
         int lane = threadIdx.x % 32;
         asm volatile("" : "+r"(lane)); /* or its register is read again for every copy */
         const int chunk = lane % LANES, r = lane / LANES, d = first_dim + chunk * 8;
@@ -119,32 +120,23 @@ struct Keys {
         }
     }
 
-    /* load() of keys in pages. A warp finds each of its rows once: a lane one of every 32, and the lanes that copy the
-     * row's chunks ask that lane. The block table is asked for all of them at once, because memory is late. */
+    /* load() of keys in pages. A warp finds each of its rows once, a lane one of them, and the lanes that copy the row's chunks
+     * ask that lane. The block table is asked for all of them at once, because memory is late. */
     template <int ROWS, int CHUNKS, int THREADS>
     __device__ __forceinline__ void load_paged(char *to, int key, int lo, int hi, int first_dim, int thread) const {
-        constexpr int STEP = THREADS / CHUNKS, WARP_STEP = 32 / CHUNKS, WARP_ROWS = ROWS / STEP * WARP_STEP,
-                      TOGETHER = WARP_ROWS < 32 ? WARP_ROWS : 32, TURNS = WARP_ROWS / TOGETHER;
+        constexpr int STEP = THREADS / CHUNKS, WARP_STEP = 32 / CHUNKS, WARP_ROWS = ROWS / STEP * WARP_STEP;
+        static_assert(WARP_ROWS <= 32, "a lane for each");
         /* The compiler must not know that the thread is the same in every round: it would compute all addresses before
          * the loop over blocks, and spill what the common path keeps in registers. */
         asm volatile("" : "+r"(thread));
         const int lane = thread % 32, r = thread / 32 * WARP_STEP, chunk = lane % CHUNKS, d = first_dim + chunk * 8;
-        const int below = d < dims ? hi : lo;
-        KeyPlace found[TURNS];
-#pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
-            const int nth = turn * TOGETHER + lane, mine = key + r + nth / WARP_STEP * STEP + nth % WARP_STEP;
-            found[turn] = find(mine, lane < TOGETHER ? lo : hi, hi);
-        }
-#pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
-            const int64_t place = offset(found[turn]);
+        const int below = d < dims ? hi : lo, mine = key + r + lane / WARP_STEP * STEP + lane % WARP_STEP;
+        const int64_t place = offset(find(mine, lane < WARP_ROWS ? lo : hi, hi));
 #pragma unroll 4
-            for (int i = 0; i < TOGETHER / WARP_STEP; i++) {
-                const int row = r + (turn * TOGETHER / WARP_STEP + i) * STEP + lane / CHUNKS, number = key + row;
-                const char *from = data + 2 * (__shfl_sync(~0u, place, i * WARP_STEP + lane / CHUNKS) + d);
-                cp_async16(to + swizzled<CHUNKS>(row, chunk), from, number >= lo && number < below ? 16 : 0);
-            }
+        for (int i = 0; i < WARP_ROWS / WARP_STEP; i++) {
+            const int row = r + i * STEP + lane / CHUNKS, number = key + row;
+            const char *from = data + 2 * (__shfl_sync(~0u, place, i * WARP_STEP + lane / CHUNKS) + d);
+            cp_async16(to + swizzled<CHUNKS>(row, chunk), from, number >= lo && number < below ? 16 : 0);
         }
     }
 };
