@@ -32,16 +32,17 @@ def inputs(B, Sq, Sk, Hq, Hk, D, dtype):
     return [normal(shape, seed, dtype).cuda() for seed, shape in enumerate(shapes)]
 
 
-def forward(kernel, tile_rows, Sq, dtypes=(torch.bfloat16,)):
+def forward(kernel, tile_rows, Sq, dtypes=(torch.bfloat16,), B=1, split_size=SPLIT):
     """Dense calls with each option, folded and spilled, and paged ones."""
     for dtype, D, spilled in product(dtypes, HEAD_DIMS, (False, True)):
-        q, k, v = inputs(1, Sq, 600, 4, 2, D, dtype)
+        q, k, v = inputs(B, Sq, 600, 4, 2, D, dtype)
         with _schedule.forced(kernel=kernel, tile_rows=tile_rows, split_parallel=spilled), poisoned():
             for options in OPTIONS:
-                fad.attn(q, k, v, split_size=SPLIT, **options)
+                fad.attn(q, k, v, split_size=split_size, **options)
             for page_size in PAGE_SIZES:
                 pages = [x.cuda() for x in in_pages(k.cpu(), v.cpu(), page_size)]
-                fad.attn_with_kvcache(q, pages[0], pages[1], cache_seqlens=600, block_table=pages[2], split_size=SPLIT)
+                used = {"cache_seqlens": 600, "block_table": pages[2]}
+                fad.attn_with_kvcache(q, *pages[:2], **used, split_size=split_size)
 
 
 def backward(kernel, dtypes=(torch.bfloat16,)):
@@ -61,6 +62,12 @@ def hopper():
         forward("hopper", tile_rows, Sq)
 
 
+def cluster():
+    """Of many thread blocks, and with a larger batch of few."""
+    for B in (1, 16):
+        forward("cluster", 16, 3, B=B, split_size=1024)
+
+
 def fma():
     for tile_rows, Sq in ((4, 1), (16, 3), (64, 30)):
         forward(None, tile_rows, Sq, (torch.float32,))
@@ -70,7 +77,7 @@ def fma():
 KERNELS = {
     "generic": generic,
     "hopper": hopper,
-    "cluster": lambda: forward("cluster", 16, 3),
+    "cluster": cluster,
     "generic-backward": lambda: backward("generic"),
     "hopper-backward": lambda: backward("hopper"),
     "fma": fma,
