@@ -171,9 +171,9 @@ def test_forced_clusters_are_not_the_other_decode_kernel(D):
 @needs_hopper
 @pytest.mark.parametrize("D", [128, 256])
 def test_clusters_are_of_fewer_thread_blocks_where_there_are_more_splits(D):
+    qkv = moved(tensors(B=1, Sq=1, Sk=1024, D=D, dtype=torch.bfloat16))
     few, many = (
-        kernels_of(*moved(tensors(B=B, Sq=1, Sk=1024, D=D, dtype=torch.bfloat16)), kernel="cluster", split_size=1024)
-        for B in (1, 40)
+        kernels_of(*(x.expand(B, -1, -1, -1) for x in qkv), kernel="cluster", split_size=1024) for B in (1, 40)
     )
     assert not few & many
 
