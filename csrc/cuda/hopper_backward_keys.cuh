@@ -150,8 +150,7 @@ template <class S, KeyGradientPart PART> struct HopperKeyGradient {
     __device__ __forceinline__ void find_any(Fragments<1, S::N> &s, Fragments<1, S::N> &dp) {
         const StepSums<S::ROWS> &of_rows = sm.sums[ring.index];
         const Band band(sm.t, of_rows.step);
-        const int first = here_only(owner * GROUP_ROWS + first_of_warp), of_lane = here_only(lane),
-                  key = first + of_lane / 4;
+        const int first = opaque(owner * GROUP_ROWS + first_of_warp), of_lane = opaque(lane), key = first + of_lane / 4;
         auto columns = columns_at(of_lane, key, band.distance);
         wgmma_wait<0>();
         hand_over(s);

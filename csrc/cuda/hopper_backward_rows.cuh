@@ -143,7 +143,7 @@ template <class S> struct HopperRowGradient {
     /* By its distance from q, of which the compiler must not know that it is the same in every step. */
     __device__ __forceinline__ uint64_t dout() const {
         return matrix_at(
-            q, here_only(offsetof(HopperRowGradientShared<S>, dout) - offsetof(HopperRowGradientShared<S>, q)));
+            q, opaque((int)(offsetof(HopperRowGradientShared<S>, dout) - offsetof(HopperRowGradientShared<S>, q))));
     }
 
     /* K and V of the step, once they have arrived; in use until released. */
@@ -153,7 +153,7 @@ template <class S> struct HopperRowGradient {
     }
     __device__ __forceinline__ void start_dp(Fragments<1, S::N> &dp) {
         barrier_wait(sm.v_full[values.index], values.round);
-        start_product<S::T, S::D, S::N>(dp, dout(), matrix_at(v, here_only(values.index) * (int)sizeof sm.v[0]));
+        start_product<S::T, S::D, S::N>(dp, dout(), matrix_at(v, opaque(values.index) * (int)sizeof sm.v[0]));
     }
 
     __device__ __forceinline__ bool is_partial(int step) const {

@@ -20,13 +20,6 @@ template <int CONSUMERS_> struct BackwardRoles {
                   "a warpgroup would wait for registers for ever");
 };
 
-/* A number of which the compiler must not know that it is the same in every step: it would compute what rare code makes of
- * it before the loop, and spill what the common path keeps in registers. */
-static __device__ __forceinline__ int here_only(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-
 /* ROWS rows of D dims. */
 template <int ROWS, int D> struct Matrix {
     static constexpr int PIECES = D / 64, PIECE = ROWS * 128, CHUNKS = D / 8;
@@ -126,7 +119,7 @@ static __device__ __forceinline__ void round_fragments(unsigned (&a)[N / 2][4], 
 template <fad_dtype T, int ROWS, int D> static __device__ bool has_not_finite(const Matrix<ROWS, D> &x, int group) {
     unsigned full = 0;
 #pragma unroll 1
-    for (int at = here_only(threadIdx.x % GROUP_THREADS); at < (int)sizeof x / 16; at += GROUP_THREADS) {
+    for (int at = opaque((int)(threadIdx.x % GROUP_THREADS)); at < (int)sizeof x / 16; at += GROUP_THREADS) {
         const uint4 values = ((const uint4 *)&x)[at];
         full |= exponents_full<T>(values.x) | exponents_full<T>(values.y) | exponents_full<T>(values.z) |
                 exponents_full<T>(values.w);
@@ -160,7 +153,7 @@ template <fad_dtype T, int STEPS> struct FragmentsApart {
 template <class Roles, int ROWS, int D> static __device__ __forceinline__ void zero_matrix(Matrix<ROWS, D> &x) {
     named_barrier_sync(ALL_CONSUMERS, Roles::CONSUMER_THREADS); /* x may be overwritten */
 #pragma unroll 1
-    for (int at = here_only(threadIdx.x - GROUP_THREADS); at < (int)sizeof x / 16; at += Roles::CONSUMER_THREADS)
+    for (int at = opaque((int)(threadIdx.x - GROUP_THREADS)); at < (int)sizeof x / 16; at += Roles::CONSUMER_THREADS)
         ((uint4 *)&x)[at] = make_uint4(0, 0, 0, 0);
     fence_async_proxy();
     named_barrier_sync(ALL_CONSUMERS, Roles::CONSUMER_THREADS); /* the zeros may be read */

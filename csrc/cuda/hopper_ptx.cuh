@@ -131,9 +131,6 @@ template <int REGISTERS> static __device__ __forceinline__ void take_registers()
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-/* A number of which the compiler knows nothing from here on. No instruction. */
-static __device__ __forceinline__ void renew(float &x) { asm volatile("" : "+f"(x)); }
-
 /* Before wgmma reads registers that have been written since the last one. */
 static __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 static __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -108,7 +108,7 @@ template <class S> struct HopperConsumer {
         for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                renew(s[n][e]);
+                s[n][e] = opaque(s[n][e]);
     }
 
     /* N7: starts O += P V, or O = P V with the first values of a split. */
@@ -183,13 +183,6 @@ template <class S> struct HopperConsumer {
 
     /* ---- ends of splits and items ---- */
 
-    /* The number of the lane, computed here: what rare code computes from the one above, the compiler computes before the
-     * loop, and spills. */
-    static __device__ __forceinline__ int lane_here() {
-        int lane = threadIdx.x % 32;
-        asm volatile("" : "+r"(lane));
-        return lane;
-    }
     /* Where O rests between splits, n8 tile n at n * REST_STRIDE. */
     static constexpr int REST_STRIDE = 32;
     __device__ __forceinline__ float4 *rest(int lane) const {
@@ -203,7 +196,7 @@ template <class S> struct HopperConsumer {
     __device__ __forceinline__ void prefetch_rest() const {
         constexpr int LINE = 128, LINES = S::N * 32 * (int)sizeof(float4) / LINE; /* of a warp */
         const char *const lines = (const char *)rest(0);
-        const int lane = lane_here();
+        const int lane = opaque_lane();
 #pragma unroll
         for (int i = 0; i < LINES; i += 32)
             prefetch_line(lines + (i + lane) * LINE);
@@ -211,7 +204,7 @@ template <class S> struct HopperConsumer {
 
     /* N8: folds the split in part and o into those before; the sum is left there. */
     __device__ __forceinline__ void fold(RowPair &part) {
-        const int lane = lane_here();
+        const int lane = opaque_lane();
         float2 *const totals = &sm.totals[first + lane / 4]; /* of rows g and g + 8 */
         if (splits > 0) {
             const float4 *const before = rest(lane);
@@ -258,7 +251,7 @@ template <class S> struct HopperConsumer {
         else if (item_ends)
             write_out(sm.items[ended].t, part, values);
         else
-            rest_state(rest(lane_here()), REST_STRIDE, o);
+            rest_state(rest(opaque_lane()), REST_STRIDE, o);
         splits++;
         if (item_ends) {
             splits = 0;
@@ -293,8 +286,7 @@ template <class S> struct HopperConsumer {
     __device__ __forceinline__ void take_queries() {
         barrier_wait(sm.q_full[q_buffer.index], q_buffer.round);
         if constexpr (S::Q_IN_REGISTERS) {
-            int row = first % GROUP_ROWS;
-            asm volatile("" : "+r"(row)); /* as in lane_here */
+            const int row = opaque(first % GROUP_ROWS);
 #pragma unroll
             for (int k = 0; k < S::D / 16; k++)
                 load_fragment<8>(q[k], sm.q[q_buffer.index][group] + k / 4 * S::Q_BOX, row, k % 4);

@@ -166,9 +166,7 @@ template <class S>
 static __device__ __forceinline__ void produce_queries(const fad_attn_problem &p, HopperShared<S> &sm) {
     constexpr int LANES = 4, STEP = 32 / LANES;
     static_assert(STEP == 8, "a lane's rows are swizzled alike");
-    int lane = threadIdx.x % 32;
-    asm volatile("" : "+r"(lane)); /* or its register is read again for every copy */
-    const int chunk = lane % LANES, first = lane / LANES, column = (chunk ^ first) * 16;
+    const int lane = opaque_lane(), chunk = lane % LANES, first = lane / LANES, column = (chunk ^ first) * 16;
     Ring slot, buffer;
     while (const HopperItem *const item = wait_for_item(sm, slot)) {
         const Tile &t = item->t;

@@ -33,9 +33,7 @@ static __device__ __forceinline__ void load_rows(char *to, const char *from, int
                                                  int thread) {
     constexpr int STEP = THREADS / CHUNKS;
     static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "a thread stays in one column of chunks");
-    /* The compiler must not know that the thread is the same in every step of a walk: it would keep all that follows from
-     * it in registers, which products need. */
-    asm volatile("" : "+r"(thread));
+    thread = opaque(thread); /* what follows from it stays out of registers, which products need */
     const int chunk = thread % CHUNKS, r = thread / CHUNKS, below = chunk * 8 < dims ? hi : lo;
     from += r * stride + chunk * 16;
 #pragma unroll
@@ -94,9 +92,7 @@ static __device__ __forceinline__ void add_step_guarded(Fragments<M, N> &sum, co
                                                         const char *tile, int first, int first_n, Term term) {
 #pragma unroll 1
     for (int r = 0; r < 16; r++) {
-        /* as in add_values_guarded: addresses must not be computed before the loop */
-        int lane = threadIdx.x % 32;
-        asm volatile("" : "+r"(lane));
+        const int lane = opaque_lane();
 #pragma unroll
         for (int m = 0; m < M; m++) {
             unsigned mask[2]; /* of b[i] and b[i + 2], which hold rows 8 i + 2 t and the next */

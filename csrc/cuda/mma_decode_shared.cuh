@@ -60,20 +60,14 @@ template <class S> struct MmaDecodeShared {
 template <class S> struct DecodeWarp {
     const fad_attn_problem &p;
     MmaDecodeShared<S> &sm;
-    const int warp = opaque(threadIdx.x / 32 % ROLE_WARPS), lane = opaque(threadIdx.x % 32); /* warp: of its role */
-    const float c;                                                                           /* N5 */
-    Ring ring;                                                                               /* the next slot */
+    const int warp = opaque((int)(threadIdx.x / 32 % ROLE_WARPS)), lane = opaque_lane(); /* warp: of its role */
+    const float c;                                                                       /* N5 */
+    Ring ring;                                                                           /* the next slot */
     int buffer = 0; /* of x_max and P of the present block */
     float m;        /* the running reference of row lane % 16 */
 
     __device__ DecodeWarp(const fad_attn_problem &problem, MmaDecodeShared<S> &shared, float factor)
         : p(problem), sm(shared), c(factor) {}
-
-    /* The compiler would read the register of the thread's number again and again, which takes longer than a sum. */
-    static __device__ __forceinline__ int opaque(int x) {
-        asm volatile("" : "+r"(x));
-        return x;
-    }
 
     __device__ __forceinline__ void skip_block() { ring = ring.after(S::BLOCK_SLOTS, S::SLOTS); }
 

@@ -99,15 +99,12 @@ struct Keys {
                                                int first_dim, uint64_t policy) const {
         constexpr int STEP = 32 / LANES, LINE = 8 / ROW_CHUNKS; /* keys at a time, and in 128 bytes */
         static_assert(LANES <= ROW_CHUNKS && CHUNKS % LANES == 0 && STEP % LINE == 0, "else chunks go to wrong places");
-        int lane = threadIdx.x % 32;
-        asm volatile("" : "+r"(lane)); /* or its register is read again for every copy */
-        const int chunk = lane % LANES, r = lane / LANES, d = first_dim + chunk * 8;
+        const int lane = opaque_lane(), chunk = lane % LANES, r = lane / LANES, d = first_dim + chunk * 8;
         const char *const row = data + 2 * offset(found);
         const unsigned exist = __ballot_sync(~0u, key + lane >= lo && key + lane < hi) >> r;
         /* Its row, hidden from ptxas 13.0, which writes an illegal instruction where it finds that all lanes share a part of it;
          * and its place there. That of other rows and chunks is an exclusive or away, because r < STEP and chunk < LANES. */
-        unsigned piece = shared_address(to) + (first_row + r) * ROW_CHUNKS * 16;
-        asm volatile("" : "+r"(piece));
+        const unsigned piece = opaque(shared_address(to) + (first_row + r) * ROW_CHUNKS * 16);
         const int column = swizzled<ROW_CHUNKS>(r, chunk) - r * ROW_CHUNKS * 16;
 #pragma unroll
         for (int i = 0; i < 32; i += STEP) {
@@ -126,9 +123,7 @@ struct Keys {
     __device__ __forceinline__ void load_paged(char *to, int key, int lo, int hi, int first_dim, int thread) const {
         constexpr int STEP = THREADS / CHUNKS, WARP_STEP = 32 / CHUNKS, WARP_ROWS = ROWS / STEP * WARP_STEP;
         static_assert(WARP_ROWS <= 32, "a lane for each");
-        /* The compiler must not know that the thread is the same in every round: it would compute all addresses before
-         * the loop over blocks, and spill what the common path keeps in registers. */
-        asm volatile("" : "+r"(thread));
+        thread = opaque(thread);
         const int lane = thread % 32, r = thread / 32 * WARP_STEP, chunk = lane % CHUNKS, d = first_dim + chunk * 8;
         const int below = d < dims ? hi : lo, mine = key + r + lane / WARP_STEP * STEP + lane % WARP_STEP;
         const int64_t place = offset(find(mine, lane < WARP_ROWS ? lo : hi, hi));

@@ -144,9 +144,7 @@ template <fad_dtype T, int N>
 static __device__ __forceinline__ void finish_rows(const fad_attn_problem &p, const Tile &t, int first,
                                                    const RowPair &state, float (&o)[N][4], char *staged) {
     int lane = threadIdx.x % 32;
-    /* The compiler must not know that these are the same for every tile: it would compute addresses before the loop over
-     * tiles, and spill what the loop over blocks keeps in registers. */
-    asm volatile("" : "+r"(lane), "+r"(first), "+l"(staged));
+    asm volatile("" : "+r"(lane), "+r"(first), "+l"(staged)); /* as opaque() */
     const int g = lane / 4, own = first + lane % 16;
     float m[2], l[2];
 #pragma unroll
@@ -213,7 +211,7 @@ template <int N>
 static __device__ __forceinline__ void store_staged(const fad_attn_problem &p, const Tile &t, int first,
                                                     const char *staged) {
     int lane = threadIdx.x % 32;
-    asm volatile("" : "+r"(lane), "+r"(first), "+l"(staged)); /* as above */
+    asm volatile("" : "+r"(lane), "+r"(first), "+l"(staged)); /* as opaque() */
     static_assert(N <= 32, "a lane's chunks are of one column");
     constexpr int STEP = 32 / N; /* a lane stores a chunk of every STEPth row */
     const int chunk = lane % N, n_rows = chunk * 8 < p.Dv ? t.n_rows - first : 0;
@@ -237,8 +235,7 @@ template <int N>
 static __device__ __forceinline__ void spill_rows(const fad_attn_problem &p, const Tile &t,
                                                   const fad_partials &partials, int64_t nth, int first,
                                                   const RowPair &state, const float (&o)[N][4], int first_dim) {
-    int lane = threadIdx.x % 32;
-    asm volatile("" : "+r"(lane)); /* as above */
+    const int lane = opaque_lane();
     const int own = min(first + lane % 16, t.n_rows - 1);
     const int64_t row = partial_row(p, t, own, nth), values = partial_values(p, t, own, nth);
     const int n_end = ((int)p.Dv - first_dim) / 8; /* Dv is a multiple of 8 */

@@ -31,10 +31,7 @@ static __device__ __forceinline__ void add_values_guarded(float (&o)[N][4], cons
                                                           const char *v, Interval interval) {
 #pragma unroll 1
     for (int r = 0; r < 16; r++) {
-        /* The compiler must not know that lane is the same in every round: it would compute all addresses before the
-         * loop, and spill what the common path keeps in registers. */
-        int lane = threadIdx.x % 32;
-        asm volatile("" : "+r"(lane));
+        const int lane = opaque_lane();
         const fad_interval seen = interval(r);
 #pragma unroll
         for (int n = 0; n < N / 2; n++) {

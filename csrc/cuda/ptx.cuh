@@ -8,6 +8,29 @@ static __device__ __forceinline__ unsigned shared_address(const void *p) {
     return (unsigned)__cvta_generic_to_shared(p);
 }
 
+/* The same, of which the compiler knows nothing from here on: neither where it comes from, nor that it is the same each time. No
+ * instruction. The compiler would otherwise compute before a loop what rare code in it makes of a number, and spill what the
+ * common path keeps in registers; or read the register of the thread's number again for every use, which takes longer than a
+ * sum. */
+static __device__ __forceinline__ int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+static __device__ __forceinline__ unsigned opaque(unsigned x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+static __device__ __forceinline__ float opaque(float x) {
+    asm volatile("" : "+f"(x));
+    return x;
+}
+template <class T> static __device__ __forceinline__ T *opaque(T *x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
+/* The number of the lane. */
+static __device__ __forceinline__ int opaque_lane() { return opaque((int)(threadIdx.x % 32)); }
+
 /* How long the L2 cache should keep what a copy reads. */
 static __device__ __forceinline__ uint64_t keep_as_usual() {
     uint64_t policy;

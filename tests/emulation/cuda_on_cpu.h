@@ -110,6 +110,8 @@ inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, v
 
 /* ---- ptx.cuh ---- */
 
+template <class T> inline T opaque(T x) { return x; }
+inline int opaque_lane() { return (int)(threadIdx.x % 32); }
 inline unsigned shared_address(const void *p) { return (unsigned)((const char *)p - shared_memory); }
 inline uint64_t keep_as_usual() { return 0; }
 inline uint64_t read_once() { return 0; }
@@ -203,7 +205,6 @@ template <int REGISTERS> inline void take_registers() {}
 inline void prefetch_line(const void *) {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulation::commit_matrices(); }
-inline void renew(float &) {}
 template <int PENDING> inline void wgmma_wait() { emulation::wait_matrices(PENDING); }
 
 inline uint64_t matrix_descriptor(const void *start, int across) {
