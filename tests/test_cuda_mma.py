@@ -14,7 +14,7 @@ import mma_oracle
 import numpy as np
 import pytest
 import torch
-from cases import CASES, LARGE_CASES
+from cases import CASES, LARGE_CASES, normal
 from cuda_schedules import KERNELS, SCHEDULES, assert_same_in_every_schedule
 from cuda_tools import (
     SPLIT,
@@ -171,11 +171,20 @@ def test_forced_clusters_are_not_the_other_decode_kernel(D):
 @needs_hopper
 @pytest.mark.parametrize("D", [128, 256])
 def test_clusters_are_of_fewer_thread_blocks_where_there_are_more_splits(D):
-    qkv = moved(tensors(B=1, Sq=1, Sk=1024, D=D, dtype=torch.bfloat16))
-    few, many = (
-        kernels_of(*(x.expand(B, -1, -1, -1) for x in qkv), kernel="cluster", split_size=1024) for B in (1, 40)
-    )
-    assert not few & many
+    """And where there are more still, the scheduler takes the other decode kernel."""
+    qkv = moved(tensors(B=1, Sq=1, Sk=1024, Hk=2, D=D, dtype=torch.bfloat16))
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    ranks = D // 32  # of a cluster, or half as many
+
+    def kernels(splits, kernel):
+        return kernels_of(*(x.repeat(splits // 2, 1, 1, 1) for x in qkv), kernel=kernel, split_size=1024)
+
+    few, more, many = 2, multiprocessors // ranks, multiprocessors // (ranks // 2) + 2
+    assert kernels(few, None) == kernels(few, "cluster")
+    assert kernels(more, None) == kernels(many, "cluster")
+    assert kernels(many, None) == kernels(many, "hopper")
+    for a, b in itertools.combinations([kernels(n, None) for n in (few, more, many)], 2):
+        assert not a & b
 
 
 @needs_hopper
@@ -213,6 +222,24 @@ def test_n1_clusters_send_each_other_any_number_of_rows(Sq, group, D, B):
     assert_same(got["cluster"], got["generic"], f"{Sq * group} rows")
     if B == 12:  # with less, other splits may give the same bits by chance
         assert differing(got["cluster"], attention(*qkv, causal=True, split_size=2048)) > 0
+
+
+@needs_hopper
+@pytest.mark.parametrize("B", [2, 40])
+@pytest.mark.parametrize(("D", "Dv"), [(96, 72), (128, 40), (72, 200), (256, 136)])
+@pytest.mark.parametrize(("Sq", "group"), [(3, 2), (2, 8)])
+def test_n1_clusters_finish_one_split_with_any_value_dims(Sq, group, D, Dv, B):
+    """Value dims that end within a warp's tiles, sinks, and every other sequence empty."""
+    shape = {"B": 2, "Sq": Sq, "Sk": 1000, "Hq": 2 * group, "Hk": 2, "D": D, "Dv": Dv, "dtype": torch.bfloat16}
+    qkv = [x.repeat(B // 2, 1, 1, 1) for x in moved(tensors(**shape))]
+    used = torch.tensor([1000, 0], dtype=torch.int32, device="cuda").repeat(B // 2)
+    keywords = {"causal": True, "sinks": normal((2 * group,), 78).cuda(), "seqused_k": used}
+    got = {}
+    for kernel in ("generic", "cluster"):
+        with _schedule.forced(kernel=kernel, tile_rows=16), poisoned():
+            got[kernel] = attention(*qkv, split_size=1024, **keywords)
+    assert_same(got["cluster"], got["generic"], f"{D} {Dv}")
+    assert differing(got["cluster"], attention(*qkv, split_size=512, **keywords)) > 0
 
 
 # ---- the bits of the contract ----------------------------------------------------------------------------------------

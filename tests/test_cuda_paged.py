@@ -115,8 +115,8 @@ def test_n1_pages_of_long_sequences(page_size, D):
 @pytest.mark.parametrize("page_size", [1, 8, 16, 48])
 def test_n1_clusters_read_pages_of_long_splits(page_size, D, repeats):
     """repeats: of the batch. Few splits have clusters of many thread blocks, many splits of few."""
-    lengths = (2048, 1024 + 513, 0)
-    q, k, v = tensors(B=3, Sq=3, Sk=2048, Hq=8, D=D, dtype=torch.bfloat16)
+    lengths = (2016, 1024 + 513, 0)
+    q, k, v = tensors(B=3, Sq=3, Sk=2016, Hq=8, D=D, dtype=torch.bfloat16)
     pages, keywords = in_pages(k, v, page_size, lengths), {"causal": True, "split_size": 1024}
     expected = attention(*moved((q, k, v)), seqused_k=int32(*lengths).cuda(), **keywords)
     pages = pages._replace(block_table=pages.block_table.repeat(repeats, 1))

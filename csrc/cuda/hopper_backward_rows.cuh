@@ -151,7 +151,7 @@ template <class S> struct HopperRowGradient {
         barrier_wait(sm.k_full[keys.index], keys.round);
         start_product<S::T, S::D, S::N>(s, q, matrix_at(k, keys.index * (int)sizeof sm.k[0]));
     }
-    __device__ __forceinline__ void start_dp(Fragments<1, S::N> &dp) {
+    __device__ __forceinline__ void start_dp(Fragments<1, S::N> &dp) { /* opaque as in dout() */
         barrier_wait(sm.v_full[values.index], values.round);
         start_product<S::T, S::D, S::N>(dp, dout(), matrix_at(v, opaque(values.index) * (int)sizeof sm.v[0]));
     }

@@ -1,4 +1,4 @@
-/* The split-KV kernel of compute capability 9.0 for calls that leave most of the device idle: a cluster of thread blocks
+/* The split-KV kernel of compute capability 9.0 for calls with too few splits to fill the device: a cluster of thread blocks
  * shares one split of up to 1024 keys.
  *
  * Each thread block computes S and P of its share of the keys, and O of 32 or 64 dims over all of them: O is a chain over the

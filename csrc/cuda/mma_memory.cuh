@@ -92,8 +92,8 @@ struct Keys {
     }
 
     /* 32 keys in pages, number `key` on, of which each lane has found one, CHUNKS chunks from first_dim on, by a warp, to rows
-     * first_row on, a multiple of 8, of pieces of ROWS rows and ROW_CHUNKS chunks. Zeros as in load. LANES copy a row, and ask the lane that has
-     * found it. */
+     * first_row on, a multiple of 8, of pieces of ROWS rows and ROW_CHUNKS chunks. Zeros as in load. LANES copy a row, and ask
+     * the lane that has found it. */
     template <int ROWS, int CHUNKS, int LANES, int ROW_CHUNKS = 8>
     __device__ __forceinline__ void copy_found(char *to, const KeyPlace &found, int key, int lo, int hi, int first_row,
                                                int first_dim, uint64_t policy) const {

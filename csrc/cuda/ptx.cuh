@@ -24,10 +24,6 @@ static __device__ __forceinline__ float opaque(float x) {
     asm volatile("" : "+f"(x));
     return x;
 }
-template <class T> static __device__ __forceinline__ T *opaque(T *x) {
-    asm volatile("" : "+l"(x));
-    return x;
-}
 /* The number of the lane. */
 static __device__ __forceinline__ int opaque_lane() { return opaque((int)(threadIdx.x % 32)); }
 

@@ -64,8 +64,8 @@ def hopper():
 
 def cluster():
     """Of many thread blocks, and with a larger batch of few."""
-    for B in (1, 16):
-        forward("cluster", 16, 3, B=B, split_size=1024)
+    for B, split_size in product((1, 16), (SPLIT, 1024)):
+        forward("cluster", 16, 3, B=B, split_size=split_size)
 
 
 def fma():
