@@ -214,23 +214,22 @@ def test_n3_clusters_give_the_bits_of_other_kernels_for_splits_of_every_length(d
 @pytest.mark.parametrize(("Sq", "group"), [(1, 1), (1, 4), (1, 8), (3, 3), (2, 8), (16, 1)])
 def test_n1_clusters_send_each_other_any_number_of_rows(Sq, group, D, B):
     """Few splits have clusters of many thread blocks, many splits of few."""
-    qkv = moved(tensors(B=B, Sq=Sq, Sk=2500, Hq=2 * group, Hk=2, D=D, dtype=torch.bfloat16))
+    qkv = moved(tensors(B=B, Sq=Sq, Sk=2500, Hq=2 * group, Hk=2, D=D, dtype=torch.float16))
     got = {}
     for kernel in ("generic", "cluster"):
         with _schedule.forced(kernel=kernel, tile_rows=16, split_parallel=True), poisoned():
             got[kernel] = attention(*qkv, causal=True, split_size=1024)
     assert_same(got["cluster"], got["generic"], f"{Sq * group} rows")
-    if B == 12:  # with less, other splits may give the same bits by chance
-        assert differing(got["cluster"], attention(*qkv, causal=True, split_size=2048)) > 0
+    assert differing(got["cluster"], attention(*qkv, causal=True, split_size=2048)) > 0
 
 
 @needs_hopper
 @pytest.mark.parametrize("B", [2, 40])
-@pytest.mark.parametrize(("D", "Dv"), [(96, 72), (128, 40), (72, 200), (256, 136)])
+@pytest.mark.parametrize(("D", "Dv"), [(96, 72), (128, 104), (72, 200), (256, 136)])
 @pytest.mark.parametrize(("Sq", "group"), [(3, 2), (2, 8)])
 def test_n1_clusters_finish_one_split_with_any_value_dims(Sq, group, D, Dv, B):
     """Value dims that end within a warp's tiles, sinks, and every other sequence empty."""
-    shape = {"B": 2, "Sq": Sq, "Sk": 1000, "Hq": 2 * group, "Hk": 2, "D": D, "Dv": Dv, "dtype": torch.bfloat16}
+    shape = {"B": 2, "Sq": Sq, "Sk": 1000, "Hq": 2 * group, "Hk": 2, "D": D, "Dv": Dv, "dtype": torch.float16}
     qkv = [x.repeat(B // 2, 1, 1, 1) for x in moved(tensors(**shape))]
     used = torch.tensor([1000, 0], dtype=torch.int32, device="cuda").repeat(B // 2)
     keywords = {"causal": True, "sinks": normal((2 * group,), 78).cuda(), "seqused_k": used}
