@@ -1,7 +1,7 @@
-"""The sources of the Hopper tile kernel, run on a CPU: every CUDA thread is a fiber, and copies and matrix instructions
-happen as early as they may, as late, or at random times (tests/emulation/machine.h). Bits are those of the CPU's
-emulation of compute capability 9.0, whatever the schedule. What ptxas makes of the sources, and how fast it is, only a
-GPU can tell."""
+"""The sources of the Hopper kernels of the forward, run on a CPU: every CUDA thread is a fiber, also of all thread
+blocks of a cluster, and copies, matrix instructions and stores to other thread blocks happen as early as they may,
+as late, or at random times (tests/emulation/machine.h). Bits are those of the CPU's emulation of compute
+capability 9.0, whatever the schedule. What ptxas makes of the sources, and how fast it is, only a GPU can tell."""
 
 import platform
 import re
@@ -18,7 +18,9 @@ CSRC = HERE.parents[1] / "csrc"
 LIBRARY = Path(flash_attn_det.__file__).parent / "lib" / "libflash_attn_det.so"
 CONSUMER, OUTPUT = "cuda/hopper_tile_consumer.cuh", "cuda/mma_output.cuh"
 PRODUCER, SOFTMAX = "cuda/hopper_tile_producer.cuh", "cuda/mma_softmax.cuh"
-PAGES = "cuda/hopper_tile_pages.cuh"
+PAGES, BOXES = "cuda/hopper_tile_pages.cuh", "cuda/hopper_copy.cuh"
+CLUSTER, MEMORY = "cuda/hopper_cluster.cuh", "cuda/mma_memory.cuh"
+DECODE, VALUES = "cuda/mma_decode_producer.cuh", "cuda/mma_decode_values.cuh"
 CALLS, SECONDS = 60, 300
 
 pytestmark = [
@@ -34,8 +36,9 @@ def built(build: Path, csrc: Path = CSRC) -> Path:
     return build / "fuzz"
 
 
-def run(fuzz: Path, calls: int, *dims: str) -> subprocess.CompletedProcess:
-    return subprocess.run([fuzz, "1", str(calls), *dims], capture_output=True, text=True, timeout=SECONDS)
+def run(fuzz: Path, kernels: str, calls: int, *dims: str) -> subprocess.CompletedProcess:
+    """kernels: "tile" or "decode"."""
+    return subprocess.run([fuzz, kernels, "1", str(calls), *dims], capture_output=True, text=True, timeout=SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +47,20 @@ def whole(tmp_path_factory) -> Path:
     return built(tmp_path_factory.mktemp("whole")).parent
 
 
-def test_n1_every_schedule_gives_the_bits_of_the_cpu(whole):
-    done = run(whole / "fuzz", CALLS)
+@pytest.mark.parametrize("kernels", ["tile", "decode"])
+def test_n1_every_schedule_gives_the_bits_of_the_cpu(whole, kernels):
+    done = run(whole / "fuzz", kernels, CALLS)
     assert done.returncode == 0, done.stdout[-3000:]
     assert done.stdout.endswith(f"0 of {CALLS} calls failed\n")
+    served = re.findall(r"^(?:by|large|small) \w+: (\d+) calls$", done.stdout, re.MULTILINE)
+    assert len(served) == (4 if kernels == "decode" else 0)
+    assert all(int(calls) > 3 for calls in served)
     kinds = re.findall(r"^(64|128|256) (bf16|fp16) (spilled|folded): ", done.stdout, re.MULTILINE)
     assert {len(set(choices)) for choices in zip(*kinds, strict=True)} == {2, 3}
 
 
 # Mistakes that the emulation must notice: a line of the sources, what is made of it, and a head dim where it matters.
-MISTAKES = {
+TILE_MISTAKES = {
     "keys released while scores are computed": (
         CONSUMER,
         "        if (S::OVERLAP) {\n            wgmma_wait<1>();\n",
@@ -98,16 +105,53 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_noticed(tmp_path, whole, mistake):
-    name, line, changed, dims = MISTAKES[mistake]
+DECODE_MISTAKES = {
+    "a cluster's K overwritten while it is used": (
+        CLUSTER,
+        "        __syncthreads(); /* this thread block's K may be overwritten */\n",
+        "",
+        "128",
+    ),
+    "P sent before all references are there": (CLUSTER, "barrier_wait_cluster(sm.references_there, 0);", "", "64"),
+    "P read before it is there": (CLUSTER, "barrier_wait_cluster(sm.p_there, 0); /* P may be read */", "", "128"),
+    "sent before all thread blocks have begun": (CLUSTER, "        cluster_wait(); /* all", "        /* all", "128"),
+    "less of P than is waited for": (CLUSTER, "if (lane / 4 < n_rows)", "if (lane / 4 < n_rows - 1)", "128"),
+    "the second half of V before it is there": (
+        CLUSTER,
+        "            if (b + 1 == CLUSTER_BLOCKS / 2)\n                barrier_wait(sm.second_there, 0);\n",
+        "",
+        "128",
+    ),
+    "the first half of V before it is there": (
+        CLUSTER,
+        "        cp_async_wait<1>();\n        __sync",
+        "        __sync",
+        "128",
+    ),
+    "the factors of other blocks": (CLUSTER, "from = b == warp ? m : from;", "from = b == warp ? to : from;", "128"),
+    "no care for values in clusters": (CLUSTER, "warp < VALUE_WARPS && need_care()", "false", "64"),
+    "keys of pages at other places": (MEMORY, "(c ^ i / LINE) % ROW_CHUNKS", "c % ROW_CHUNKS", "128"),
+    "slots overwritten while they are used": (
+        DECODE,
+        "                barrier_wait(sm.empty[ring.index], ring.round ^ 1);\n",
+        "",
+        "64",
+    ),
+    "boxes from the pages before": (BOXES, "cache.before = cache.here;", "", "128"),
+}
+MISTAKES = {"tile": TILE_MISTAKES, "decode": DECODE_MISTAKES}
+
+
+@pytest.mark.parametrize(("kernels", "mistake"), [(k, mistake) for k in MISTAKES for mistake in MISTAKES[k]])
+def test_mistakes_are_noticed(tmp_path, whole, kernels, mistake):
+    name, line, changed, dims = MISTAKES[kernels][mistake]
     # What does not include the kernel need not be built again.
-    shutil.copytree(whole, tmp_path / "build", ignore=shutil.ignore_patterns("tile_*", "fuzz"))
+    shutil.copytree(whole, tmp_path / "build", ignore=shutil.ignore_patterns(f"{kernels}_*", "fuzz"))
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
     text = (csrc / name).read_text()
     assert text.count(line) == 1
     (csrc / name).write_text(text.replace(line, changed))
-    done = run(built(tmp_path / "build", csrc), CALLS, dims, "1")
+    done = run(built(tmp_path / "build", csrc), kernels, 4 * CALLS if kernels == "decode" else CALLS, dims, "1")
     assert done.returncode != 0
     assert re.search(r"^[1-9]\d* of \d+ calls failed$", done.stdout, re.MULTILINE) or done.returncode < 0

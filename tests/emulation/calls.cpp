@@ -46,6 +46,30 @@ void Call::choose_shape() {
     p.Hq = p.Hk * group;
 }
 
+/* Splits of up to 1024 keys, of which clusters share one. */
+void Call::choose_few_rows() {
+    p.dtype = any({FAD_BFLOAT16, FAD_FLOAT16});
+    p.D = one_in(2) ? dims : 8 * between(dims == 64 ? 1 : dims / 16 + 1, dims / 8);
+    p.Dv = one_in(2) ? p.D : 8 * between(1, dims / 8);
+    const int64_t group = any({1, 1, 2, 4, 7, 8, 16});
+    p.Hk = between(1, 2);
+    p.B = between(1, 3);
+    p.Sq = between(1, one_in(4) ? 9 : 3);
+    p.Sk = one_in(40) ? 0 : between(1, any<int64_t>({150, 700, 1024, 1500, 2300}));
+    const int64_t most = 16; /* blocks of keys, in all items */
+    while (p.B * p.Hk * ((p.Sq * group + 15) / 16) * ((p.Sk + 127) / 128) > most) {
+        if (p.B > 1)
+            p.B--;
+        else if (p.Hk > 1)
+            p.Hk--;
+        else if (p.Sq > 1)
+            p.Sq = (p.Sq + 1) / 2;
+        else
+            p.Sk = p.Sk * 3 / 4;
+    }
+    p.Hq = p.Hk * group;
+}
+
 void Call::choose_options() {
     p.scale = any({1.0 / sqrt((double)p.D), 0.125, 1.0, -0.3, 0.0883883});
     p.split_size = any<int64_t>({128, 128, 256, 384, 2048});
@@ -155,17 +179,39 @@ void Call::hide_unused_keys() {
                     ((uint16_t *)t->view.data)[b * t->view.stride_b + r * t->view.stride_s + d] = 0x7fff;
 }
 
+/* NaN among the values of a key that, under a causal mask, some rows see and others do not. */
+void Call::spoil_last_values() {
+    for (int64_t b = 0; b < p.B; b++)
+        for (int64_t h = 0; h < p.Hk; h++) {
+            const int64_t first = pad_k.empty() ? 0 : pad_k[(size_t)b],
+                          end = first + (used_k.empty() ? p.Sk - first : used_k[(size_t)b]),
+                          key = end - 1 - between(0, p.Sq - 1);
+            if (key >= first)
+                ((uint16_t *)v.view
+                     .data)[b * v.view.stride_b + key * v.view.stride_s + h * v.view.stride_h + between(0, p.Dv - 1)] =
+                    0x7fff;
+        }
+}
+
 template <class V> static const V *data_or_null(const std::vector<V> &of) { return of.empty() ? nullptr : of.data(); }
 
-Call::Call(uint64_t seed, int only_dims) {
+Call::Call(uint64_t seed, int only_dims, bool few_rows) {
     generator.seed(seed);
     memset(&p, 0, sizeof p);
     dims = only_dims ? only_dims : any({64, 64, 64, 128, 128, 128, 256});
+    few = few_rows;
     spill = one_in(3);
     layout = spill ? any({DENSE, DENSE, DENSE, PAGED}) : any({DENSE, DENSE, DENSE, PAGED, PACKED, CACHED});
+    if (few && one_in(3))
+        layout = PAGED;
     numbers = one_in(2) ? NORMAL : (Numbers)between(0, ALL_NUMBERS - 1);
-    choose_shape();
+    if (few)
+        choose_few_rows();
+    else
+        choose_shape();
     choose_options();
+    if (few)
+        p.split_size = any<int64_t>({128, 512, 1024, 1024, 1024, 2048});
     int64_t n_entries = p.B, rows = p.Sk;
     if (layout == PAGED) {
         page_keys(&n_entries, &rows);
@@ -186,6 +232,8 @@ Call::Call(uint64_t seed, int only_dims) {
     fill_tensors();
     if (layout == DENSE && !used_k.empty() && one_in(2))
         hide_unused_keys();
+    if (few && layout == DENSE && one_in(2))
+        spoil_last_values();
     lse.assign((size_t)(q_entries * p.Hq * p.Sq), 12345);
     p.q = q.view, p.k = k.view, p.v = v.view, p.out = out.view;
     p.lse = {one_in(8) ? nullptr : lse.data(), p.Hq * p.Sq, 1, p.Sq};

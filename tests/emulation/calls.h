@@ -1,4 +1,4 @@
-/* Random calls for the emulated Hopper tile kernel: shapes, masks, options, layouts and numbers. */
+/* Random calls for the emulated Hopper kernels: shapes, masks, options, layouts and numbers. */
 #ifndef EMULATION_CALLS_H
 #define EMULATION_CALLS_H
 
@@ -26,6 +26,7 @@ enum Numbers { NORMAL, LARGE, HUGE_LOGITS, NEGATIVE, SPECIAL, ZEROS, TINY, GROWI
 struct Call {
     fad_attn_problem p;
     int dims;   /* of the kernel: 64, 128 or 256 */
+    bool few;   /* rows: for the kernels of decode */
     bool spill; /* splits are spilled */
     Layout layout;
     Numbers numbers;
@@ -35,17 +36,19 @@ struct Call {
 
     Call(const Call &) = delete; /* p points into the others */
     /* Call number `seed`, of a kernel with these dims, or (0) of any. */
-    Call(uint64_t seed, int dims);
+    Call(uint64_t seed, int dims, bool few);
     std::string text() const;
 
   private:
     void choose_shape();
+    void choose_few_rows();
     void choose_options();
     void page_keys(int64_t *entries, int64_t *rows);
     void pack_sequences();
     void choose_lengths();
     void fill_tensors();
     void hide_unused_keys();
+    void spoil_last_values();
 };
 
 #endif

@@ -21,6 +21,7 @@
 #define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define threadIdx emulation::thread_index
 #define blockIdx emulation::block_index
@@ -39,6 +40,7 @@ struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
@@ -124,10 +126,14 @@ template <int PENDING> inline void cp_async_wait() { emulation::wait_copies(PEND
 typedef uint64_t MemoryBarrier;
 inline void barrier_init(MemoryBarrier &barrier, int count) { emulation::barrier_init(barrier, count); }
 inline void barrier_arrive(MemoryBarrier &barrier) { emulation::barrier_arrive(barrier, 0); }
+inline void barrier_arrive_copied(MemoryBarrier &barrier) { emulation::arrive_copied(barrier); }
 inline void barrier_wait(MemoryBarrier &barrier, unsigned parity) { emulation::barrier_wait(barrier, parity); }
 inline void named_barrier_sync(int id, int threads) { emulation::named_barrier(id, threads, false); }
 inline void named_barrier_arrive(int id, int threads) { emulation::named_barrier(id, threads, true); }
 inline void __syncthreads() { named_barrier_sync(0, emulation::block_threads); }
+
+inline void allow_next_kernel() {}
+inline uint4 load_shared(const uint4 *from) { return *from; }
 
 inline void load_matrices(unsigned (&r)[4], const void *row, bool transposed) {
     struct Lane {
@@ -203,6 +209,17 @@ inline void copy_box(void *to, const CUtensorMap &map, MemoryBarrier &barrier, i
 template <int REGISTERS> inline void give_registers() {}
 template <int REGISTERS> inline void take_registers() {}
 inline void prefetch_line(const void *) {}
+inline void prefetch_box(const CUtensorMap &, int, int, int, int, uint64_t) {}
+inline void cluster_arrive() { emulation::cluster_arrive(); }
+inline void cluster_wait() { emulation::cluster_wait(); }
+constexpr int RANK = 1 << 24; /* bytes between the shared memories of two thread blocks, as they see each other's */
+inline unsigned remote_address(const void *here, int rank) { return (unsigned)rank * RANK + shared_address(here); }
+template <class X> inline void send_remote(unsigned to, const X &x, unsigned barrier) {
+    if (to / RANK != barrier / RANK)
+        emulation::fail("bytes and barrier are of different thread blocks");
+    emulation::send((int)(to / RANK), (int)(to % RANK), &x, sizeof x, (int)(barrier % RANK));
+}
+inline void barrier_wait_cluster(MemoryBarrier &barrier, unsigned parity) { barrier_wait(barrier, parity); }
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulation::commit_matrices(); }
 template <int PENDING> inline void wgmma_wait() { emulation::wait_matrices(PENDING); }

@@ -1,5 +1,6 @@
-/* Random calls on the emulated Hopper tile kernel, compared bit by bit with the CPU's emulation of compute capability 9.0:
- * fuzz FIRST COUNT [DIMS [FAILURES]], calls FIRST .. FIRST + COUNT - 1, DIMS those of the kernel, up to so many failures. */
+/* Random calls on the emulated Hopper kernels, compared bit by bit with the CPU's emulation of compute capability 9.0:
+ * fuzz tile|decode FIRST COUNT [DIMS [FAILURES]], calls FIRST .. FIRST + COUNT - 1 of the tile kernel, or of those for few rows;
+ * DIMS those of the kernel, 0: any; up to so many failures. */
 #include "calls.h"
 #include "tile.h"
 
@@ -11,6 +12,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+
+int calls_of[DECODE_KERNELS];
 
 static void must(fad_status status) {
     if (status != FAD_OK)
@@ -86,11 +89,16 @@ static std::string compare_states(Call &call, Run *run, Launch launch, const emu
 /* "", or what went wrong. */
 static std::string run_call(Call &call, uint64_t seed) {
     const int64_t n_splits = fad_partition_end(call.p.Sk, call.p.split_size) + (call.p.k_pos ? 1 : 0);
-    const Launch launch = {{}, n_splits, between(1, n_splits > 0 ? n_splits : 1), (int)between(1, 3)};
+    const Launch launch = {{},
+                           n_splits,
+                           between(1, n_splits > 0 ? n_splits : 1),
+                           (int)between(1, 3),
+                           call.few ? (DecodeKernel)between(0, DECODE_KERNELS - 1) : BY_WARPS};
     using emulation::Timing;
     const emulation::Options options = {seed, any({Timing::EARLY, Timing::LATE, Timing::RANDOM}),
                                         any({Timing::EARLY, Timing::LATE, Timing::RANDOM})};
-    Run *const run = call.p.dtype == FAD_BFLOAT16 ? run_tile_bf16 : run_tile_fp16;
+    const bool bf16 = call.p.dtype == FAD_BFLOAT16;
+    Run *const run = call.few ? bf16 ? run_decode_bf16 : run_decode_fp16 : bf16 ? run_tile_bf16 : run_tile_fp16;
     try {
         return call.spill ? compare_states(call, run, launch, options) : compare_results(call, run, launch, options);
     } catch (const std::string &refusal) {
@@ -99,16 +107,17 @@ static std::string run_call(Call &call, uint64_t seed) {
 }
 
 int main(int argc, char **argv) {
-    if (argc < 3) {
-        fprintf(stderr, "usage: %s FIRST COUNT [DIMS [FAILURES]]\n", argv[0]);
+    const bool few = argc > 1 && strcmp(argv[1], "decode") == 0;
+    if (argc < 4 || !(few || strcmp(argv[1], "tile") == 0)) {
+        fprintf(stderr, "usage: %s tile|decode FIRST COUNT [DIMS [FAILURES]]\n", argv[0]);
         return 2;
     }
-    const uint64_t first = strtoull(argv[1], nullptr, 10), n = strtoull(argv[2], nullptr, 10);
-    const int dims = argc > 3 ? atoi(argv[3]) : 0, most = argc > 4 ? atoi(argv[4]) : INT_MAX;
+    const uint64_t first = strtoull(argv[2], nullptr, 10), n = strtoull(argv[3], nullptr, 10);
+    const int dims = argc > 4 ? atoi(argv[4]) : 0, most = argc > 5 ? atoi(argv[5]) : INT_MAX;
     std::map<std::string, int> of_kind;
     int failed = 0, ran = 0;
     for (uint64_t seed = first; seed < first + n && failed < most; seed++, ran++) {
-        Call call(seed, dims);
+        Call call(seed, dims, few);
         const std::string result = run_call(call, seed);
         of_kind[std::to_string(call.dims) + (call.p.dtype == FAD_BFLOAT16 ? " bf16" : " fp16") +
                 (call.spill ? " spilled" : " folded")]++;
@@ -120,6 +129,9 @@ int main(int argc, char **argv) {
     }
     for (const auto &kind : of_kind)
         printf("%s: %d calls\n", kind.first.c_str(), kind.second);
+    const char *const kernels[] = {"by warps", "by engine", "large clusters", "small clusters"};
+    for (int i = 0; i < DECODE_KERNELS && few; i++)
+        printf("%s: %d calls\n", kernels[i], calls_of[i]);
     printf("%d of %d calls failed\n", failed, ran);
     return failed > 0;
 }

@@ -29,6 +29,7 @@ struct Copy16 {
     void *to;
     const void *from;
     int bytes, group;
+    uint64_t *arrives; /* at this barrier, instead of a copy */
 };
 struct Fiber {
     void *sp;
@@ -39,6 +40,7 @@ struct Fiber {
     int named;                  /* barrier it waits at, else -1 */
     std::vector<Copy16> copies; /* in the order in which they were started */
     int copy_group;             /* the open one */
+    int cluster_phase;          /* of the cluster's barrier that it has arrived for */
 };
 struct Warp {
     int arrived;
@@ -56,14 +58,23 @@ struct BoxCopy {
     CUtensorMap map;
     uint64_t *barrier;
     int dim, row, head, entry;
+    int rank; /* the thread block's */
+};
+struct Send {
+    int rank, place, bytes, barrier;
+    char data[16];
 };
 
 constexpr size_t STACK = 256 * 1024;
-static std::vector<Fiber> fibers(1024);
+static std::vector<Fiber> fibers(2048);
 static std::vector<Warp> warps;
 static std::vector<int> ready;
 static std::vector<BoxCopy> boxes;
-static NamedBarrier named[16];
+static std::vector<Send> sends;
+static std::vector<std::vector<char>> memories; /* of the thread blocks that are not running */
+static int running;                             /* the one whose memory is in shared_memory */
+static int cluster_arrived, cluster_phase;
+static std::vector<NamedBarrier> named; /* 16 for each thread block */
 static void *scheduler_sp;
 static int current;
 static Options options;
@@ -73,6 +84,16 @@ static const std::function<void()> *fiber_body;
 
 uint64_t random_number() { return generator(); }
 static bool one_in(unsigned n) { return generator() % n == 0; }
+static int rank_of(int fiber) { return fiber / block_threads; }
+
+/* Brings a thread block's memory to where its pointers point. */
+static void enter(int rank) {
+    if (rank == running)
+        return;
+    memcpy(memories[(size_t)running].data(), shared_memory, SHARED_BYTES);
+    memcpy(shared_memory, memories[(size_t)rank].data(), SHARED_BYTES);
+    running = rank;
+}
 
 static void to_scheduler() { emulation_switch(&fibers[current].sp, scheduler_sp); }
 [[noreturn]] void fail(const std::string &what) {
@@ -140,10 +161,10 @@ static void update(uint64_t &barrier, Barrier b) {
         b.pending = b.count, b.phase ^= 1;
     memcpy(&barrier, &b, 8);
     if (completes)
-        for (size_t i = 0; i < warps.size() * 32; i++)
-            if (fibers[i].barrier == &barrier) {
-                fibers[i].barrier = nullptr;
-                wake((int)i);
+        for (int i = running * block_threads; i < (running + 1) * block_threads; i++)
+            if (fibers[(size_t)i].barrier == &barrier) {
+                fibers[(size_t)i].barrier = nullptr;
+                wake(i);
             }
 }
 void barrier_init(uint64_t &barrier, int count) {
@@ -174,12 +195,13 @@ void barrier_wait(uint64_t &barrier, unsigned parity) {
     }
 }
 void named_barrier(int id, int threads, bool arrive_only) {
-    NamedBarrier &b = named[id];
+    id += running * 16;
+    NamedBarrier &b = named[(size_t)id];
     if (b.arrived == 0)
         b = {}, b.threads = threads;
-    if (b.threads != threads || b.here[current])
+    if (b.threads != threads || b.here[current % block_threads])
         fail("named barrier " + std::to_string(id) + ": wrong count, or arrives twice");
-    b.here[current] = true;
+    b.here[current % block_threads] = true;
     if (++b.arrived == threads) {
         b.arrived = 0;
         for (size_t i = 0; i < warps.size() * 32; i++)
@@ -195,18 +217,89 @@ void named_barrier(int id, int threads, bool arrive_only) {
     block("named barrier " + std::to_string(id));
 }
 
+/* ---- clusters ---- */
+
+void cluster_arrive() {
+    fibers[current].cluster_phase = cluster_phase + 1;
+    if (++cluster_arrived < (int)warps.size() * 32)
+        return;
+    cluster_arrived = 0, cluster_phase++;
+    for (size_t i = 0; i < warps.size() * 32; i++)
+        if (fibers[i].waits == "cluster")
+            wake((int)i);
+}
+void cluster_wait() {
+    if (cluster_phase < fibers[current].cluster_phase)
+        block("cluster");
+}
+void send(int rank, int place, const void *from, int bytes, int barrier) {
+    if (cluster_phase == 0)
+        fail("sends to a thread block that may not have begun");
+    Send s = {rank, place, bytes, barrier, {}};
+    memcpy(s.data, from, (size_t)bytes);
+    sends.push_back(s);
+}
+static bool run_some_send() {
+    if (sends.empty())
+        return false;
+    const size_t i = options.copies == Timing::EARLY ? 0 : generator() % sends.size();
+    const Send s = sends[i];
+    sends.erase(sends.begin() + (long)i);
+    bool there = false; /* a thread block must not end before all has come that is for it */
+    for (int t = s.rank * block_threads; t < (s.rank + 1) * block_threads; t++)
+        there |= !fibers[(size_t)t].done;
+    if (!there) {
+        failure = "bytes for a thread block that has ended";
+        return true;
+    }
+    enter(s.rank);
+    memcpy(shared_memory + s.place, s.data, (size_t)s.bytes);
+    uint64_t &barrier = *(uint64_t *)(shared_memory + s.barrier);
+    Barrier b = load(barrier);
+    b.bytes -= s.bytes;
+    update(barrier, b);
+    return true;
+}
+
 /* ---- copies ---- */
 
 static void run_copy16(const Copy16 &c) {
+    if (c.arrives) {
+        barrier_arrive(*c.arrives, 0);
+        return;
+    }
     memset(c.to, 0, 16);
     memcpy(c.to, c.from, (size_t)c.bytes);
 }
 void copy16(void *to, const void *from, int bytes) {
-    const Copy16 c = {to, from, bytes, fibers[current].copy_group};
+    const Copy16 c = {to, from, bytes, fibers[current].copy_group, nullptr};
     if (options.copies == Timing::EARLY)
         run_copy16(c);
     else
         fibers[current].copies.push_back(c);
+}
+void arrive_copied(uint64_t &barrier) {
+    if (options.copies == Timing::EARLY)
+        barrier_arrive(barrier, 0);
+    else
+        fibers[current].copies.push_back({nullptr, nullptr, 0, fibers[current].copy_group, &barrier});
+}
+/* The copies of some thread up to those that a barrier waits for. */
+static bool run_some_arrival() {
+    const int n = (int)warps.size() * 32, from = (int)(generator() % (unsigned)n);
+    for (int i = 0; i < n; i++) {
+        const int fiber = (from + i) % n;
+        std::vector<Copy16> &copies = fibers[(size_t)fiber].copies;
+        for (size_t last = 0; last < copies.size(); last++)
+            if (copies[last].arrives) {
+                enter(rank_of(fiber));
+                for (size_t c = 0; c <= last; c++)
+                    run_copy16(copies[c]);
+                copies.erase(copies.begin(), copies.begin() + (long)last + 1);
+                return true;
+            }
+    }
+    return false;
 }
 void commit_copies() { fibers[current].copy_group++; }
 void wait_copies(int groups) {
@@ -239,7 +332,7 @@ static void run_box(const BoxCopy &c) {
 void copy_box(void *to, const CUtensorMap &map, uint64_t &barrier, int dim, int row, int head, int entry) {
     if (((char *)to - shared_memory) % 128 != 0)
         fail("a box's place is not aligned");
-    boxes.push_back({(char *)to, map, &barrier, dim, row, head, entry});
+    boxes.push_back({(char *)to, map, &barrier, dim, row, head, entry, running});
 }
 static bool run_some_box() {
     if (boxes.empty())
@@ -247,8 +340,15 @@ static bool run_some_box() {
     const size_t i = options.copies == Timing::EARLY ? 0 : generator() % boxes.size();
     const BoxCopy c = boxes[i];
     boxes.erase(boxes.begin() + (long)i);
+    enter(c.rank);
     run_box(c);
     return true;
+}
+/* Something that is under way without anybody's doing. Late copies are later than all else. */
+static bool run_something() {
+    if (options.copies != Timing::LATE && one_in(2) && run_some_arrival())
+        return true;
+    return (one_in(2) && run_some_box()) || run_some_send() || run_some_box() || run_some_arrival();
 }
 
 /* ---- matrices ---- */
@@ -351,10 +451,12 @@ static std::string describe_deadlock() {
     return text;
 }
 
-/* Warps are slow or fast for a while; matrices and copies go on in between. */
+/* Warps are slow or fast for a while; matrices and copies go on in between. A thread block mostly goes on for a while, because
+ * its memory has to be brought. */
 static int choose() {
     size_t i = generator() % ready.size();
-    for (int tries = 0; tries < 8 && warps[ready[i] / 32].slow; tries++)
+    const bool stay = memories.size() > 1 && !one_in(64);
+    for (int tries = 0; tries < 8 && (warps[ready[i] / 32].slow || (stay && rank_of(ready[i]) != running)); tries++)
         i = generator() % ready.size();
     const int fiber = ready[i];
     ready[i] = ready.back();
@@ -362,7 +464,8 @@ static int choose() {
     return fiber;
 }
 
-std::string run_block(int threads, const Options &chosen, const std::function<void()> &body) {
+std::string run_cluster(unsigned first, int ranks, int threads, const Options &chosen,
+                        const std::function<void()> &body) {
     options = chosen;
     generator.seed(chosen.seed);
     block_threads = threads;
@@ -370,11 +473,15 @@ std::string run_block(int threads, const Options &chosen, const std::function<vo
     failure.clear();
     ready.clear();
     boxes.clear();
-    memset(named, 0, sizeof named);
-    warps.assign((size_t)threads / 32, Warp{});
+    sends.clear();
+    cluster_arrived = cluster_phase = 0;
+    named.assign((size_t)ranks * 16, NamedBarrier{});
+    warps.assign((size_t)(ranks * threads) / 32, Warp{});
     for (int i = 0; i < SHARED_BYTES; i++)
         shared_memory[i] = (char)(generator() % 3 ? 0xff : generator());
-    for (int i = 0; i < threads; i++) {
+    memories.assign((size_t)ranks, std::vector<char>(shared_memory, shared_memory + SHARED_BYTES));
+    running = 0;
+    for (int i = 0; i < ranks * threads; i++) {
         Fiber &f = fibers[(size_t)i];
         char *stack = f.stack;
         if (!stack)
@@ -394,27 +501,33 @@ std::string run_block(int threads, const Options &chosen, const std::function<vo
     const unsigned matrix_rate = 1u << (4 + generator() % 8);
     for (;;) {
         if (one_in(box_rate))
-            run_some_box();
+            run_something();
         if (options.matrices == Timing::RANDOM && one_in(matrix_rate)) {
             const int warp = (int)(generator() % warps.size());
-            if (warps[warp].groups.size() > 1)
+            if (warps[warp].groups.size() > 1) {
+                enter(rank_of(warp * 32));
                 run_oldest_group(warp);
+            }
         }
         if (one_in(4096))
             for (Warp &warp : warps)
                 warp.slow = one_in(3);
+        if (!failure.empty())
+            return failure;
         if (ready.empty()) {
-            if (run_some_box())
+            if (run_something())
                 continue;
             break;
         }
         current = choose();
-        thread_index.x = (unsigned)current;
+        enter(rank_of(current));
+        thread_index.x = (unsigned)(current % threads);
+        block_index.x = first + (unsigned)running;
         emulation_switch(&scheduler_sp, fibers[current].sp);
         if (!failure.empty())
             return failure;
     }
-    for (int i = 0; i < threads; i++)
+    for (int i = 0; i < ranks * threads; i++)
         if (!fibers[(size_t)i].done)
             return describe_deadlock();
     if (!boxes.empty())

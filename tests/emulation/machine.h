@@ -1,5 +1,5 @@
-/* A thread block on a CPU: every CUDA thread is a fiber, and a random scheduler decides who goes on. What is asynchronous
- * on a GPU (the copy engine, wgmma, cp.async) happens as late as it may, as early, or at random times, so that a buffer
+/* A thread block, or a cluster of them, on a CPU: every CUDA thread is a fiber, and a random scheduler decides who goes on. What
+ * is asynchronous on a GPU (the copy engine, wgmma, cp.async, stores to other thread blocks) happens as late as it may, as early, or at random times, so that a buffer
  * that is read too early or written too soon shows in the bits. A state in which nobody can go on is reported. */
 #ifndef EMULATION_MACHINE_H
 #define EMULATION_MACHINE_H
@@ -35,8 +35,10 @@ struct Options {
     uint64_t seed;
     Timing matrices, copies;
 };
-/* Runs `body` on `threads` fibers. "" or what went wrong. */
-std::string run_block(int threads, const Options &options, const std::function<void()> &body);
+/* Runs `body` on `threads` fibers for each of `ranks` thread blocks, the first of which is number `first`. "" or what went
+ * wrong. */
+std::string run_cluster(unsigned first, int ranks, int threads, const Options &options,
+                        const std::function<void()> &body);
 [[noreturn]] void fail(const std::string &what);
 uint64_t random_number();
 
@@ -54,7 +56,15 @@ void named_barrier(int id, int threads, bool arrive_only);
 void copy16(void *to, const void *from, int bytes);
 void commit_copies();
 void wait_copies(int groups);
+/* Arrives when the copies that this thread has started so far are there. */
+void arrive_copied(uint64_t &barrier);
 void copy_box(void *to, const CUtensorMap &map, uint64_t &barrier, int dim, int row, int head, int entry);
+
+/* The barrier of the cluster, in two halves. Bytes for the shared memory of thread block `rank`, and a barrier there, at these
+ * places in it. */
+void cluster_arrive();
+void cluster_wait();
+void send(int rank, int place, const void *from, int bytes, int barrier);
 
 /* A step of 16 rows a warp: d [16, 8 tiles] (+)= a [16, 16] b [16, 8 tiles]. */
 struct MatrixStep {
@@ -72,7 +82,7 @@ void multiply(bool bf16, float *const *d_of, const unsigned *const *a_of, const 
 
 } // namespace emulation
 
-/* Where the thread block's shared memory lies: the kernel declares it so. */
+/* Where the shared memory of the thread block lies that is running: the kernel declares it so. */
 constexpr int SHARED_BYTES = 227 * 1024;
 extern char shared_memory[];
 #endif

@@ -1,15 +1,24 @@
-/* The Hopper tile kernel on the emulated thread block, as mma_forward.cu launches it. */
+/* The Hopper kernels on emulated thread blocks, as mma_forward.cu launches them. */
 #ifndef EMULATION_TILE_H
 #define EMULATION_TILE_H
 #include "flash_attn_det.h"
 #include "machine.h"
 
+/* For few rows, with the keys copied by warps or by the copy engine, or clusters of many or of few thread blocks. */
+enum DecodeKernel { BY_WARPS, BY_ENGINE, LARGE_CLUSTERS, SMALL_CLUSTERS, DECODE_KERNELS };
+extern int calls_of[DECODE_KERNELS]; /* that each has served so far */
+
 struct Launch {
     fad_partials partials; /* null: out and lse are wanted */
     int64_t n_splits, item_splits;
-    int grid;
+    int grid;            /* of the tile kernel */
+    DecodeKernel kernel; /* of the others; where it cannot serve the call, BY_WARPS does */
 };
 /* dims: 64, 128 or 256. "" or what went wrong. */
 std::string run_tile_bf16(const fad_attn_problem &p, int dims, const Launch &launch, const emulation::Options &options);
 std::string run_tile_fp16(const fad_attn_problem &p, int dims, const Launch &launch, const emulation::Options &options);
+std::string run_decode_bf16(const fad_attn_problem &p, int dims, const Launch &launch,
+                            const emulation::Options &options);
+std::string run_decode_fp16(const fad_attn_problem &p, int dims, const Launch &launch,
+                            const emulation::Options &options);
 #endif
