@@ -100,6 +100,7 @@ def kernels_of(*qkv, split_size=SPLIT, **schedule):
 
 
 def kernels_of_call(call, **schedule):
+    """The same of any call."""
     with _schedule.forced(**schedule):
         call()
         torch.cuda.synchronize()

@@ -42,7 +42,7 @@ static __device__ __forceinline__ void prefetch_first_pages(const fad_attn_probl
                                                             unsigned number, const CUtensorMap &k_map,
                                                             const CUtensorMap &v_map) {
     const DenseWork &dense = work.dense;
-    if (!dense.valid || p.window_left >= 0) /* nor is there left padding: the engine would not do */
+    if (!dense.valid || p.window_left >= 0) /* with left padding pages are not the engine's: pages_by_engine() */
         return;
     const DenseItem item(dense, DECODE_ROWS, number);
     const int key = ((int)threadIdx.x % 32 * S::PRODUCERS + warp) * box_rows(p, S::BOX_KEYS),

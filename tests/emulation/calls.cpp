@@ -186,10 +186,9 @@ void Call::spoil_last_values() {
             const int64_t first = pad_k.empty() ? 0 : pad_k[(size_t)b],
                           end = first + (used_k.empty() ? p.Sk - first : used_k[(size_t)b]),
                           key = end - 1 - between(0, p.Sq - 1);
+            uint16_t *const of_head = (uint16_t *)v.view.data + b * v.view.stride_b + h * v.view.stride_h;
             if (key >= first)
-                ((uint16_t *)v.view
-                     .data)[b * v.view.stride_b + key * v.view.stride_s + h * v.view.stride_h + between(0, p.Dv - 1)] =
-                    0x7fff;
+                of_head[key * v.view.stride_s + between(0, p.Dv - 1)] = 0x7fff;
         }
 }
 

@@ -2,7 +2,7 @@
  * fuzz tile|decode FIRST COUNT [DIMS [FAILURES]], calls FIRST .. FIRST + COUNT - 1 of the tile kernel, or of those for few rows;
  * DIMS those of the kernel, 0: any; up to so many failures. */
 #include "calls.h"
-#include "tile.h"
+#include "kernels.h"
 
 #include "core/sequence.h"
 

@@ -115,6 +115,9 @@ static void yield() {
 }
 static void fiber_main() {
     (*fiber_body)();
+    /* of its groups; a copy that a barrier waits for is its waiter's affair */
+    if (!fibers[current].copies.empty() && fibers[current].copies.front().group < fibers[current].copy_group)
+        fail("a thread ends while its copies are on their way");
     fibers[current].done = true;
     for (;;)
         to_scheduler();

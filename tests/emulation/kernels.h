@@ -1,6 +1,6 @@
 /* The Hopper kernels on emulated thread blocks, as mma_forward.cu launches them. */
-#ifndef EMULATION_TILE_H
-#define EMULATION_TILE_H
+#ifndef EMULATION_KERNELS_H
+#define EMULATION_KERNELS_H
 #include "flash_attn_det.h"
 #include "machine.h"
 
