@@ -12,14 +12,16 @@
 #include "mma_output.cuh"
 
 constexpr int CLUSTER_WARPS = 8, CLUSTER_THREADS = CLUSTER_WARPS * 32; /* of a thread block */
-constexpr int VALUE_WARPS = 4, SUM_WARPS = 2;     /* the next two warps add up l: of rows g, of rows g + 8 */
-constexpr int COPY_THREADS = CLUSTER_THREADS / 2; /* of K; the others copy q and V */
-constexpr int HALF_KEYS = CLUSTER_KEYS / 2;       /* values are there in two halves */
+constexpr int VALUE_WARPS = 4, SUM_WARPS = 2; /* the next two warps add up l: of rows g, of rows g + 8 */
+constexpr int COPY_WARPS = CLUSTER_WARPS / 2, COPY_THREADS = COPY_WARPS * 32; /* of K; the others copy q and V */
+constexpr int HALF_KEYS = CLUSTER_KEYS / 2;                                   /* values are there in two halves */
 
-/* DIMS: of O, a thread block's. */
-template <fad_dtype T_, int D_, int DIMS_> struct ClusterShape {
+/* DIMS: of O, a thread block's. PAGES: whether keys are in pages, or in one buffer: code of the other, though it is not run,
+ * costs 1 to 4 % (what a thread block runs once comes from memory). */
+template <fad_dtype T_, int D_, int DIMS_, bool PAGES_> struct ClusterShape {
     static constexpr fad_dtype T = T_;
-    static constexpr int D = D_;                                   /* of q, k and v, zero-padded */
+    static constexpr int D = D_; /* of q, k and v, zero-padded */
+    static constexpr bool PAGES = PAGES_;
     static constexpr int CHUNKS = D / 8;                           /* of 16 bytes, in a row of q */
     static constexpr int DIMS = DIMS_, DIM_CHUNKS = DIMS / 8;      /* of 16 bytes, in a row of V */
     static constexpr int TILES = DIM_CHUNKS / VALUE_WARPS;         /* n8 tiles of O that are a value warp's */
@@ -30,6 +32,7 @@ template <fad_dtype T_, int D_, int DIMS_> struct ClusterShape {
     static constexpr int ALL_PARTS = CLUSTER_BLOCKS * PARTS;       /* warps of the cluster */
     static constexpr int HALF_BYTES = HALF_KEYS * DIMS * 2;        /* of half of V */
     static constexpr int RESIDENT = DIMS == 32 ? 2 : 1;            /* thread blocks that fit on a multiprocessor */
+    static constexpr int COPY_KEYS = KEYS / COPY_WARPS;            /* of K, a copying warp's */
 };
 
 template <class S> struct ClusterShared {
@@ -75,49 +78,51 @@ template <class S> struct ClusterThread {
 
     /* ---- what comes from memory ---- */
 
-    /* Where the keys lie that a warp copies from pages, from number `first` on: asked for all at once. */
-    template <int N> __device__ __forceinline__ void find(KeyPlace (&found)[N], const Keys &keys, int first) const {
+    /* Where the keys lie that a warp copies from pages, from number `first` on: asked for all at once, because memory is late. */
+    template <int N> __device__ __forceinline__ void find(PagePlace (&found)[N], const Keys &keys, int first) const {
 #pragma unroll
         for (int i = 0; i < N; i++)
             found[i] = keys.find(first + i * 32 + lane, sm.range.lo, sm.range.hi);
     }
     /* Keys from number `first` on to rows first_row on of ROWS; the rest as in Keys::copy_found. */
     template <int ROWS, int CHUNKS, int LANES, int ROW_CHUNKS, int N>
-    __device__ __forceinline__ void copy(char *to, const Keys &keys, const KeyPlace (&found)[N], int first,
+    __device__ __forceinline__ void copy(char *to, const Keys &keys, const PagePlace (&found)[N], int first,
                                          int first_row, int first_dim) const {
 #pragma unroll
         for (int i = 0; i < N; i++)
             keys.copy_found<ROWS, CHUNKS, LANES, ROW_CHUNKS>(to, found[i], first + i * 32, sm.range.lo, sm.range.hi,
-                                                             first_row + i * 32, first_dim, read_once());
+                                                             first_row + i * 32, first_dim, AsUsual());
     }
 
     /* This thread block's share of K. */
     __device__ __forceinline__ void load_keys() const {
-        constexpr int N = S::KEYS / COPY_THREADS;
         const Keys k(p.k, sm.t.seq.k, sm.t, sm.range.first, p.D);
-        if (sm.t.seq.pages) {
-            const int row = warp * N * 32, key = rank * S::KEYS + row;
-            KeyPlace found[N];
+        if constexpr (S::PAGES) {
+            const int row = warp * S::COPY_KEYS, key = rank * S::KEYS + row;
+            PagePlace found[S::COPY_KEYS / 32];
             find(found, k, key);
             copy<S::KEYS, S::CHUNKS, 8, 8>(sm.k, k, found, key, row, 0);
-            return;
-        }
+        } else {
 #pragma unroll 1
-        for (int piece = 0; piece < S::D / 64; piece++)
-            k.template load_rows<S::KEYS, 8, COPY_THREADS>(sm.k + piece * S::KEYS * 128, rank * S::KEYS, sm.range.lo,
-                                                           sm.range.hi, piece * 64, threadIdx.x);
+            for (int piece = 0; piece < S::D / 64; piece++)
+                k.template load_rows<S::KEYS, 8, COPY_THREADS>(sm.k + piece * S::KEYS * 128, rank * S::KEYS,
+                                                               sm.range.lo, sm.range.hi, piece * 64, threadIdx.x);
+        }
     }
 
     /* Its dims of half of V; of each, a warp copies these rows. */
-    typedef KeyPlace ValuePlaces[HALF_KEYS / COPY_THREADS];
+    static constexpr int COPY_VALUES = HALF_KEYS / COPY_WARPS;
+    typedef PagePlace ValuePlaces[COPY_VALUES / 32];
     __device__ __forceinline__ Keys values() const { return Keys(p.v, sm.t.seq.v, sm.t, sm.range.first, p.Dv); }
-    __device__ __forceinline__ int values_row() const {
-        return warp % (COPY_THREADS / 32) * (HALF_KEYS / COPY_THREADS) * 32;
+    __device__ __forceinline__ int values_row() const { return warp % COPY_WARPS * COPY_VALUES; }
+    /* Where they lie, if in pages. */
+    __device__ __forceinline__ void find_values(ValuePlaces &found, int half) const {
+        if constexpr (S::PAGES)
+            find(found, values(), half * HALF_KEYS + values_row());
     }
-    /* found: where they lie, if in pages. */
     __device__ __forceinline__ void load_values(char *to, int half, const ValuePlaces &found) const {
         const int first = half * HALF_KEYS, row = values_row();
-        if (sm.t.seq.pages)
+        if constexpr (S::PAGES)
             copy<HALF_KEYS, S::DIM_CHUNKS, S::DIM_CHUNKS / 2, S::DIM_CHUNKS>(to, values(), found, first + row, row,
                                                                              rank * S::DIMS);
         else
@@ -126,7 +131,7 @@ template <class S> struct ClusterThread {
         cp_async_commit();
     }
 
-    /* q, K and half of V are asked for, the first two awaited. second: where the other half lies, if in pages. */
+    /* q, K and half of V are asked for, the first two awaited. second: where the other half lies. */
     __device__ __forceinline__ void load(ValuePlaces &second) const {
         if (threadIdx.x < COPY_THREADS) {
             load_keys();
@@ -135,10 +140,8 @@ template <class S> struct ClusterThread {
             cp_async_wait<0>();
         } else {
             ValuePlaces first;
-            if (sm.t.seq.pages) {
-                find(first, values(), values_row());
-                find(second, values(), HALF_KEYS + values_row());
-            }
+            find_values(first, 0);
+            find_values(second, 1);
             load_queries<DECODE_ROWS, S::CHUNKS, COPY_THREADS>(sm.q, p, sm.t, threadIdx.x % COPY_THREADS);
             cp_async_commit();
             load_values(sm.first, 0, first);
@@ -442,7 +445,8 @@ __global__ void __cluster_dims__(S::RANKS) __launch_bounds__(CLUSTER_THREADS, S:
 template <class S> static MmaKernel hopper_cluster_of() {
     static_assert(S::RESIDENT * (sizeof(ClusterShared<S>) + 1024) <= 228 * 1024, "they share a multiprocessor");
     static_assert(sizeof(ClusterShared<S>::p) + S::HALF_BYTES <= sizeof(ClusterShared<S>::k), "they replace it");
-    return {DECODE_ROWS, S::D, CLUSTER_THREADS, false, sizeof(ClusterShared<S>), 0, hopper_cluster_kernel<S>, S::RANKS};
+    return {DECODE_ROWS, S::D,    CLUSTER_THREADS, false, sizeof(ClusterShared<S>), 0, hopper_cluster_kernel<S>,
+            S::RANKS,    S::PAGES};
 }
 
 #endif

@@ -4,19 +4,16 @@
 
 #include "hopper_kernel.cuh"
 #include "hopper_ptx.cuh"
+#include "pages.cuh"
 
-/* Where a box of keys lies: what the block table says, not yet looked at, or it would be waited for; and the row of the
- * page. */
-struct BoxPlace {
-    int page, row;
-};
 constexpr int FOUND_BOXES = 32; /* at a time, one by each lane */
 /* Where boxes lie, one of every FOUND_BOXES in each lane: those among which K is, those before, where V may be, a block
  * behind, and those after, which are asked for long before their use, because memory is late. The first of an item are
  * waited for. */
 struct BoxCache {
+    int first_row = -1;           /* of the sequence's rows of k and v, that of key 0 of box 0 */
     int first = -2 * FOUND_BOXES; /* box of `here` */
-    BoxPlace before, here, after;
+    PagePlace before, here, after;
 };
 
 /* ROWS keys by PIECES times 64 dims at a time, into pieces of PIECE_ROWS rows. */
@@ -39,14 +36,15 @@ template <int ROWS, int PIECES, int PIECE_ROWS = ROWS> struct KeyCopier {
     template <class Each>
     __device__ __forceinline__ void run(const CUtensorMap &k_map, const CUtensorMap &v_map, Each each) const {
         if (p.block_table)
-            run_pages(k_map, v_map, each);
+            run_pages({}, k_map, v_map, each);
         else
             run_rows(k_map, v_map, each);
     }
-    /* The same where it is known which. */
+    /* The same where it is known which; found: where boxes lie, if they are those of this item. */
     template <class Each>
-    __device__ __forceinline__ void run_pages(const CUtensorMap &k_map, const CUtensorMap &v_map, Each each) const {
-        BoxCache cache;
+    __device__ __forceinline__ void run_pages(const BoxCache &found, const CUtensorMap &k_map, const CUtensorMap &v_map,
+                                              Each each) const {
+        BoxCache cache = found.first_row == first_row ? found : BoxCache();
         const int head = (int)t.head_k, shift = __ffs(box_rows(p, ROWS)) - 1;
         each([&](auto &&...slot) { copy_pages(cache, shift, head, k_map, slot...); },
              [&](auto &&...slot) { copy_pages(cache, shift, head, v_map, slot...); });
@@ -74,9 +72,8 @@ template <int ROWS, int PIECES, int PIECE_ROWS = ROWS> struct KeyCopier {
     }
 
     __device__ __forceinline__ bool seen(int key, int rows) const { return key < range.hi && key + rows > range.lo; }
-    __device__ __forceinline__ BoxPlace find(int key, int rows) const {
-        const unsigned row = (unsigned)(first_row + key), page = row / t.seq.page_size;
-        return {seen(key, rows) ? t.seq.pages[page] : 0, (int)(row - page * t.seq.page_size)};
+    __device__ __forceinline__ PagePlace find(int key, int rows) const {
+        return find_place(t.seq.pages, t.seq.page_size, first_row + key, seen(key, rows));
     }
 
     /* A lane copies a box: there are 32 or fewer, of 2^shift rows each. */
@@ -97,7 +94,7 @@ template <int ROWS, int PIECES, int PIECE_ROWS = ROWS> struct KeyCopier {
                   row_of_page =
                       __shfl_sync(~0u, before ? cache.before.row : cache.here.row, number % FOUND_BOXES + lane);
         /* past the last page there are zeros, if nothing of a box is seen */
-        const int entry = seen(key + row, rows) ? min(max(page, 0), (int)p.Bk - 1) : (int)p.Bk;
+        const int entry = seen(key + row, rows) ? (int)clamp_page(page, (unsigned)p.Bk) : (int)p.Bk;
         barrier_wait(empty, round);
         if (lane == 0)
             barrier_arrive_expect(full, BYTES);

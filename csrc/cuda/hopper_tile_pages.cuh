@@ -16,14 +16,14 @@ template <int ROWS, int PIECES, int PIECE_ROWS> struct PageCopier {
                                          int first_dim, char *to, MemoryBarrier &empty, unsigned round,
                                          MemoryBarrier &full) {
         auto find = [&](int row) { return from.find(key + row + (int)threadIdx.x % 32, range.lo, range.hi); };
-        KeyPlace next = find(0); /* asked for ahead of its use, because memory is late */
+        PagePlace next = find(0); /* asked for ahead of its use, because memory is late */
         if (!__all_sync(~0u, barrier_done(empty, round))) {
             finish(); /* or who is to empty the slot might wait for the last one */
             barrier_wait(empty, round);
         }
 #pragma unroll 1 /* this is inlined in several places */
         for (int row = 0; row < ROWS; row += 32) {
-            const KeyPlace found = next;
+            const PagePlace found = next;
             next = find(row + 32);
             from.copy_found<PIECE_ROWS, PIECES * 8, 4>(to, found, key + row, range.lo, range.hi, row, first_dim,
                                                        policy);

@@ -49,9 +49,10 @@ static __device__ __forceinline__ void mma_decode(const fad_attn_problem &p, con
     if constexpr (S::SOURCE == ROWS_BY_ENGINE)
         if (threadIdx.x == DECODE_CONSUMERS + 32)
             prefetch_first_rows<S>(p, work, blockIdx.x, *k_map, *v_map);
+    BoxCache boxes;
     if constexpr (S::SOURCE == PAGES_BY_ENGINE)
         if (threadIdx.x >= DECODE_CONSUMERS)
-            prefetch_first_pages<S>(p, work, warp, blockIdx.x, *k_map, *v_map);
+            boxes = prefetch_first_pages<S>(p, work, warp, blockIdx.x, *k_map, *v_map);
     if (!share_item(p, work, DECODE_ROWS, blockIdx.x, sm.t, sm.range)) /* and the barriers may be used */
         return;
     if (threadIdx.x < DECODE_CONSUMERS) {
@@ -64,7 +65,7 @@ static __device__ __forceinline__ void mma_decode(const fad_attn_problem &p, con
     if constexpr (!S::ENGINE)
         producer.copy_by_warp(warp);
     else
-        producer.copy_by_engine(warp, *k_map, *v_map);
+        producer.copy_by_engine(warp, boxes, *k_map, *v_map);
 }
 
 template <class S>

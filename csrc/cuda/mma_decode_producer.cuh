@@ -23,37 +23,34 @@ static __device__ __forceinline__ void prefetch_boxes(const CUtensorMap &k_map, 
 template <class S>
 static __device__ __forceinline__ void prefetch_first_rows(const fad_attn_problem &p, const Work &work, unsigned number,
                                                            const CUtensorMap &k_map, const CUtensorMap &v_map) {
-    const DenseWork &dense = work.dense;
-    if (!dense.valid || p.leftpad_k || p.window_left >= 0)
-        return;
-    const DenseItem item(dense, DECODE_ROWS, number);
-    const int row = item.nth * dense.item_splits * dense.split_keys, entry = (int)fad_cache_entry(&p, item.b);
-    if (row >= (p.seqused_k ? p.seqused_k[item.b] : (int)p.Sk))
+    const ExpectedKeys keys(p, work.dense, DECODE_ROWS, number);
+    if (keys.row < 0 || keys.row >= keys.length(p))
         return;
 #pragma unroll 1
-    for (int at = row; at < row + BLOCK_KEYS; at += S::BOX_KEYS)
-        prefetch_boxes<S>(k_map, v_map, at, item.head, entry);
+    for (int at = keys.row; at < keys.row + BLOCK_KEYS; at += S::BOX_KEYS)
+        prefetch_boxes<S>(k_map, v_map, at, keys.head, (int)fad_cache_entry(&p, keys.b));
 }
 
 /* The same in pages, by the producing warps, of which this is number `warp`: each some of the boxes, because the lanes of one
- * ask for them one after the other. */
+ * ask for them one after the other. Returns where the boxes lie. */
 template <class S>
-static __device__ __forceinline__ void prefetch_first_pages(const fad_attn_problem &p, const Work &work, int warp,
-                                                            unsigned number, const CUtensorMap &k_map,
-                                                            const CUtensorMap &v_map) {
-    const DenseWork &dense = work.dense;
-    if (!dense.valid || p.window_left >= 0) /* with left padding pages are not the engine's: pages_by_engine() */
-        return;
-    const DenseItem item(dense, DECODE_ROWS, number);
-    const int key = ((int)threadIdx.x % 32 * S::PRODUCERS + warp) * box_rows(p, S::BOX_KEYS),
-              row = item.nth * dense.item_splits * dense.split_keys + key, page_size = (int)p.page_size,
-              column = row / page_size;
-    if (key >= BLOCK_KEYS || row >= (int)p.Sk)
-        return;
-    /* asked for before the length is looked at */
-    const int page = p.block_table[item.b * p.block_table_stride + column];
-    if (row < (p.seqused_k ? p.seqused_k[item.b] : (int)p.Sk))
-        prefetch_boxes<S>(k_map, v_map, row - column * page_size, item.head, min(max(page, 0), (int)p.Bk - 1));
+static __device__ __forceinline__ BoxCache prefetch_first_pages(const fad_attn_problem &p, const Work &work, int warp,
+                                                                unsigned number, const CUtensorMap &k_map,
+                                                                const CUtensorMap &v_map) {
+    BoxCache cache;
+    /* with left padding pages are not the engine's: pages_by_engine() */
+    const ExpectedKeys keys(p, work.dense, DECODE_ROWS, number);
+    if (keys.row < 0)
+        return cache;
+    const int lane = threadIdx.x % 32, rows = box_rows(p, S::BOX_KEYS), row = keys.row + lane * rows;
+    cache.first_row = keys.row;
+    cache.first = 0;
+    cache.here = keys.find(p, row);
+    cache.after = keys.find(p, row + FOUND_BOXES * rows);
+    const bool mine = lane % S::PRODUCERS == warp && lane * rows < BLOCK_KEYS;
+    if (mine && row < keys.length(p)) /* both are asked for before they are looked at */
+        prefetch_boxes<S>(k_map, v_map, cache.here.row, keys.head, (int)clamp_page(cache.here.page, (unsigned)p.Bk));
+    return cache;
 }
 
 template <class S> struct MmaDecodeProducer {
@@ -110,7 +107,7 @@ template <class S> struct MmaDecodeProducer {
     }
 
     /* and in pages of any size; where keys lie, key + i * 32 + lane in each lane. */
-    typedef KeyPlace Found[ROWS / 32];
+    typedef PagePlace Found[ROWS / 32];
     __device__ __forceinline__ void find(Found &found, const Keys &keys, int key) const {
 #pragma unroll
         for (int i = 0; i < ROWS / 32; i++)
@@ -118,7 +115,7 @@ template <class S> struct MmaDecodeProducer {
     }
     /* The pages of the warp's next slot are asked for, because memory is late. */
     __device__ __forceinline__ void copy_pages(char *to, const Keys &from, Found &found, int key, int first) const {
-        KeyPlace of_slot[ROWS / 32];
+        PagePlace of_slot[ROWS / 32];
 #pragma unroll
         for (int i = 0; i < ROWS / 32; i++)
             of_slot[i] = found[i];
@@ -129,7 +126,9 @@ template <class S> struct MmaDecodeProducer {
                                                                  sm.range.hi, first + i * 32, 0, read_once());
     }
 
-    __device__ __forceinline__ void copy_by_engine(int warp, const CUtensorMap &k_map, const CUtensorMap &v_map) {
+    /* found: what is known of where pages lie. */
+    __device__ __forceinline__ void copy_by_engine(int warp, const BoxCache &found, const CUtensorMap &k_map,
+                                                   const CUtensorMap &v_map) {
         static_assert(S::PRODUCERS == S::SLOT_PRODUCERS, "a warp misses no round of a slot");
         const int first = warp * ROWS; /* row of every slot */
         const KeyCopier<ROWS, S::D / 64, S::SLOT_KEYS> copier(p, sm.t, sm.range, read_once());
@@ -142,7 +141,7 @@ template <class S> struct MmaDecodeProducer {
             run([&](int key) { next(copy_k, key); }, [&](int key) { next(copy_v, key); });
         };
         if constexpr (S::SOURCE == PAGES_BY_ENGINE)
-            copier.run_pages(k_map, v_map, each);
+            copier.run_pages(found, k_map, v_map, each);
         else
             copier.run_rows(k_map, v_map, each);
     }

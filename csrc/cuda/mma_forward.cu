@@ -73,10 +73,12 @@ static const MmaKernel *choose_cluster(const fad_attn_problem *p, const Plan &pl
         return nullptr;
     const MmaKernels table = p->dtype == FAD_BFLOAT16 ? hopper_cluster_bf16() : hopper_cluster_fp16();
     const int64_t dims = max(p->D, p->Dv), items = tile_bound(*p, DECODE_ROWS) * plan.n_splits;
-    const bool pays = min(p->Sk, p->split_size) >= CLUSTER_KEYS * 3 / 4;
+    const int64_t keys = min(p->Sk, p->split_size); /* of a split */
     const MmaKernel *best = nullptr;
-    for (const MmaKernel *k = table.begin; k < table.end && (pays || forced->kernel); k++) {
-        if (k->dims < dims || (k->dims > 64 && k->dims / 2 >= dims))
+    for (const MmaKernel *k = table.begin; k < table.end; k++) {
+        const bool narrowest = k->dims >= dims && (k->dims == 64 || k->dims / 2 < dims),
+                   serves = k->pages == !!p->block_table, pays = keys >= CLUSTER_KEYS * (k->ranks > 2 ? 3 : 5) / 8;
+        if (!narrowest || !serves || !(pays || forced->kernel))
             continue;
         /* multiprocessors that such clusters can have for themselves: pairs all, larger ones not quite */
         if (items * k->ranks <= plan.device.multiprocessors * (k->ranks > 2 ? 7 : 8) / 8)

@@ -14,7 +14,8 @@ struct MmaKernel {
     size_t shared_bytes, /* of a thread block, */
         rest_bytes;      /* and where its running O rests, in the workspace */
     void (*run)(fad_attn_problem, Work);
-    int ranks = 1; /* thread blocks of a cluster, which share an item */
+    int ranks = 1;      /* thread blocks of a cluster, which share an item; */
+    bool pages = false; /* such a cluster serves keys in pages, or else in one buffer */
 };
 
 /* By rows, then by dims, ascending. */

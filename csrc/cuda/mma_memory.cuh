@@ -4,6 +4,7 @@
 #define FAD_CUDA_MMA_MEMORY_CUH
 
 #include "locate.cuh"
+#include "pages.cuh"
 #include "ptx.cuh"
 
 /* Bytes from the start of a tile whose rows have CHUNKS chunks (a power of two) to a chunk of a row. */
@@ -31,13 +32,6 @@ template <int ROWS, int CHUNKS, int THREADS>
 static __device__ __forceinline__ void load_queries(char *to, const fad_attn_problem &p, const Tile &t, int thread) {
     load_tile_rows<ROWS, CHUNKS, THREADS>(to, p.q, t.seq.q, p.D, t, thread);
 }
-
-/* Where a key in pages lies: what the block table says, not looked at yet, or it would be waited for; and the row of the
- * page. */
-struct KeyPlace {
-    int page;
-    unsigned row;
-};
 
 /* K or V of one sequence and kv head. */
 struct Keys {
@@ -82,21 +76,22 @@ struct Keys {
     }
 
     /* The place of a key in pages, any if it is outside lo .. hi - 1. */
-    __device__ __forceinline__ KeyPlace find(int key, int lo, int hi) const {
-        const unsigned row = (unsigned)(seq.k_row + first + key), page = row / seq.page_size;
-        return {key >= lo && key < hi ? seq.pages[page] : 0, row - page * seq.page_size};
+    __device__ __forceinline__ PagePlace find(int key, int lo, int hi) const {
+        return find_place(seq.pages, seq.page_size, sequence_row(key), key >= lo && key < hi);
     }
+    /* Which of the sequence's rows of k and v a key in pages is. */
+    __device__ __forceinline__ unsigned sequence_row(int key) const { return (unsigned)(seq.k_row + first + key); }
     /* Elements from `data` to a key. */
-    __device__ __forceinline__ int64_t offset(const KeyPlace &place) const {
-        return fad_key_offset(&view, 0, {fad_clamp(place.page, 0, (int64_t)seq.n_pages - 1), place.row});
+    __device__ __forceinline__ int64_t offset(const PagePlace &place) const {
+        return fad_key_offset(&view, 0, {clamp_page(place.page, seq.n_pages), place.row});
     }
 
     /* 32 keys in pages, number `key` on, of which each lane has found one, CHUNKS chunks from first_dim on, by a warp, to rows
      * first_row on, a multiple of 8, of pieces of ROWS rows and ROW_CHUNKS chunks. Zeros as in load. LANES copy a row, and ask
      * the lane that has found it. */
-    template <int ROWS, int CHUNKS, int LANES, int ROW_CHUNKS = 8>
-    __device__ __forceinline__ void copy_found(char *to, const KeyPlace &found, int key, int lo, int hi, int first_row,
-                                               int first_dim, uint64_t policy) const {
+    template <int ROWS, int CHUNKS, int LANES, int ROW_CHUNKS = 8, class Policy>
+    __device__ __forceinline__ void copy_found(char *to, const PagePlace &found, int key, int lo, int hi, int first_row,
+                                               int first_dim, Policy policy) const {
         constexpr int STEP = 32 / LANES, LINE = 8 / ROW_CHUNKS; /* keys at a time, and in 128 bytes */
         static_assert(LANES <= ROW_CHUNKS && CHUNKS % LANES == 0 && STEP % LINE == 0, "else chunks go to wrong places");
         const int lane = opaque_lane(), chunk = lane % LANES, r = lane / LANES, d = first_dim + chunk * 8;

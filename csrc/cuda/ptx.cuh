@@ -43,11 +43,16 @@ static __device__ __forceinline__ void cp_async16(void *to, const void *from, in
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                  : "memory");
 }
-/* The same with a policy of the L2 cache; to: shared_address(). */
+/* The same; to: shared_address(). With a policy of the L2 cache, */
 static __device__ __forceinline__ void cp_async16(unsigned to, const void *from, int bytes, uint64_t policy) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(bytes),
                  "l"(policy)
                  : "memory");
+}
+/* or without. */
+struct AsUsual {};
+static __device__ __forceinline__ void cp_async16(unsigned to, const void *from, int bytes, AsUsual) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 /* The same of 4 bytes, or of none. */
 static __device__ __forceinline__ void cp_async4(void *to, const void *from, int bytes) {

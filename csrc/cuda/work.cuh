@@ -3,6 +3,7 @@
 #define FAD_CUDA_WORK_CUH
 
 #include "locate.cuh"
+#include "pages.cuh"
 #include "score_rule.cuh"
 
 /* No offsets of rows or positions, which only the device can read. */
@@ -124,6 +125,29 @@ struct DenseItem {
         const unsigned of_sequence = tile - b * dense.sequence_tiles;
         head = dense.head.quotient(of_sequence);
         row0 = (dense.head_tiles - 1 - (int)(of_sequence - head * dense.head_tiles)) * rows; /* as in locate_tile */
+    }
+};
+
+/* Where the keys of an item are going to be, for who waits while it is being found, if that is easy to tell. */
+struct ExpectedKeys {
+    int row = -1; /* of the sequence's rows of k and v, the first key's; -1: not easy */
+    int b, head;
+    __device__ __forceinline__ ExpectedKeys(const fad_attn_problem &p, const DenseWork &dense, int rows,
+                                            unsigned number) {
+        if (!dense.valid || p.leftpad_k || p.window_left >= 0)
+            return;
+        const DenseItem item(dense, rows, number);
+        row = item.nth * dense.item_splits * dense.split_keys;
+        b = item.b;
+        head = item.head;
+    }
+    /* Rows of the sequence that hold keys. */
+    __device__ __forceinline__ int length(const fad_attn_problem &p) const {
+        return p.seqused_k ? p.seqused_k[b] : (int)p.Sk;
+    }
+    /* Where a row lies in pages; any place if it is past the block table's end. */
+    __device__ __forceinline__ PagePlace find(const fad_attn_problem &p, int at) const {
+        return find_place(p.block_table + b * p.block_table_stride, (unsigned)p.page_size, at, at < (int)p.Sk);
     }
 };
 

@@ -121,6 +121,10 @@ inline void cp_async16(void *to, const void *from, int bytes) { emulation::copy1
 inline void cp_async16(unsigned to, const void *from, int bytes, uint64_t) {
     emulation::copy16(shared_memory + to, from, bytes);
 }
+struct AsUsual {};
+inline void cp_async16(unsigned to, const void *from, int bytes, AsUsual) {
+    emulation::copy16(shared_memory + to, from, bytes);
+}
 inline void cp_async_commit() { emulation::commit_copies(); }
 template <int PENDING> inline void cp_async_wait() { emulation::wait_copies(PENDING); }
 typedef uint64_t MemoryBarrier;
