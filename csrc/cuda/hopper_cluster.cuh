@@ -7,6 +7,7 @@
 #ifndef FAD_CUDA_HOPPER_CLUSTER_CUH
 #define FAD_CUDA_HOPPER_CLUSTER_CUH
 
+#include "hopper_cluster_fold.cuh"
 #include "hopper_ptx.cuh"
 #include "mma_decode_units.cuh"
 #include "mma_output.cuh"
@@ -17,15 +18,17 @@ constexpr int COPY_WARPS = CLUSTER_WARPS / 2, COPY_THREADS = COPY_WARPS * 32; /*
 constexpr int HALF_KEYS = CLUSTER_KEYS / 2;                                   /* values are there in two halves */
 
 /* DIMS: of O, a thread block's. PAGES: whether keys are in pages, or in one buffer: code of the other, though it is not run,
- * costs 1 to 4 % (what a thread block runs once comes from memory). */
-template <fad_dtype T_, int D_, int DIMS_, bool PAGES_> struct ClusterShape {
+ * costs 1 to 4 % (what a thread block runs once comes from memory). FOLDS: whether a cluster has all splits of a tile, at most
+ * SPLITS, or one split. */
+template <fad_dtype T_, int D_, int DIMS_, bool PAGES_, bool FOLDS_> struct ClusterShape {
     static constexpr fad_dtype T = T_;
     static constexpr int D = D_; /* of q, k and v, zero-padded */
-    static constexpr bool PAGES = PAGES_;
-    static constexpr int CHUNKS = D / 8;                           /* of 16 bytes, in a row of q */
-    static constexpr int DIMS = DIMS_, DIM_CHUNKS = DIMS / 8;      /* of 16 bytes, in a row of V */
-    static constexpr int TILES = DIM_CHUNKS / VALUE_WARPS;         /* n8 tiles of O that are a value warp's */
-    static constexpr int RANKS = D / DIMS;                         /* thread blocks of a cluster */
+    static constexpr bool PAGES = PAGES_, FOLDS = FOLDS_;
+    static constexpr int CHUNKS = D / 8;                      /* of 16 bytes, in a row of q */
+    static constexpr int DIMS = DIMS_, DIM_CHUNKS = DIMS / 8; /* of 16 bytes, in a row of V */
+    static constexpr int TILES = DIM_CHUNKS / VALUE_WARPS;    /* n8 tiles of O that are a value warp's */
+    static constexpr int RANKS = D / DIMS;                    /* thread blocks that share a split */
+    static constexpr int SPLITS = FOLDS ? CLUSTER_MOST / RANKS : 1;
     static constexpr int KEYS = CLUSTER_KEYS / RANKS;              /* a thread block's share of S */
     static constexpr int UNITS = KEYS / UNIT_KEYS / CLUSTER_WARPS; /* a warp's share of them */
     static constexpr int PARTS = BLOCK_UNITS / UNITS;              /* warps that share a block */
@@ -51,11 +54,12 @@ template <class S> struct ClusterShared {
     float references[DECODE_ROWS][S::ALL_PARTS + 4]; /* of the largest score, of every warp; rows in different banks */
     float alpha[CLUSTER_BLOCKS][DECODE_ROWS]; /* N6: what O and l are multiplied by before each block but the first */
     float l[DECODE_ROWS];
+    SplitState<S::TILES, VALUE_WARPS * 32> sent[S::FOLDS ? S::SPLITS - 1 : 1]; /* to the first split, by the others */
     RowTable<DECODE_ROWS> rows;
     Tile t;
     KeyRange range;
-    /* References and P of all thread blocks may be read; the second half of V may. Each is used once. */
-    MemoryBarrier references_there, p_there, second_there;
+    /* References and P of all thread blocks may be read; the second half of V may; states may. Each is used once. */
+    MemoryBarrier references_there, p_there, second_there, sent_there;
 
     /* This thread block's dims of the values of a block. */
     __device__ __forceinline__ const char *values(int block) const {
@@ -69,8 +73,10 @@ template <class S> struct ClusterThread {
     const fad_attn_problem &p;
     ClusterShared<S> &sm;
     const ScoreRule &rule;
-    const int blocks; /* of keys */
-    const int rank = blockIdx.x % S::RANKS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int blocks;                                                /* of keys */
+    const int splits, split;                                         /* that the cluster has; this thread block's */
+    const int base = split * S::RANKS, rank = blockIdx.x % S::RANKS; /* numbers in the cluster; in the split */
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first_dim = rank * S::DIMS + warp * S::TILES * 8; /* of O, a value warp's */
     float m;                                                    /* the last reference of row lane % 16 */
 
@@ -182,8 +188,7 @@ template <class S> struct ClusterThread {
 #pragma unroll
             for (int i = 0; i < S::RANKS; i += 4) /* the lanes of a quad have the same */
                 if (i + lane % 4 < S::RANKS)
-                    send_remote(remote_address(to, i + lane % 4), reference[half],
-                                remote_address(&sm.references_there, i + lane % 4));
+                    send(to, reference[half], sm.references_there, base + i + lane % 4);
         }
         __syncthreads(); /* this thread block's K may be overwritten */
         if (threadIdx.x >= COPY_THREADS) {
@@ -212,7 +217,7 @@ template <class S> struct ClusterThread {
                 if (lane / 4 < n_rows) /* no more than there is: this takes its time */
 #pragma unroll
                     for (int i = 0; i < S::RANKS; i++)
-                        send_remote(remote_address(&sm.p[unit + u][lane], i), a, remote_address(&sm.p_there, i));
+                        send(&sm.p[unit + u][lane], a, sm.p_there, base + i);
             });
         }
         if (lane < DECODE_ROWS)
@@ -374,9 +379,33 @@ template <class S> struct ClusterThread {
         spill_rows(p, sm.t, partials, sm.range.split, 0, state, o, first_dim);
     }
 
+    /* What is going to be sent here; by one thread. Bytes that come before they are expected count all the same. */
+    __device__ __forceinline__ void expect_states() const {
+        if (S::FOLDS && split == 0)
+            barrier_arrive_expect(sm.sent_there, (splits - 1) * (int)sizeof sm.sent[0]);
+    }
+    /* Where the state goes, by the value warps; l: of row lane % 16. */
+    __device__ __forceinline__ void close_split(float (&o)[S::TILES][4], float l, const fad_partials &partials) {
+        if constexpr (S::FOLDS) {
+            if (split > 0) {
+                sm.sent[split - 1].send_to(rank, sm.sent_there, o, m, l);
+                return;
+            }
+            barrier_wait_cluster(sm.sent_there, 0);
+#pragma unroll 1
+            for (int i = 0; i < splits - 1; i++)
+                sm.sent[i].fold_onto(o, m, l);
+        } else if (partials.o) {
+            spill(o, partials);
+            return;
+        }
+        finish(o, l);
+    }
+
     /* From the item to its state. */
     __device__ __forceinline__ void run(const fad_partials &partials) {
-        if (threadIdx.x == 0) { /* bytes that come before they are expected count all the same */
+        if (threadIdx.x == 0) {
+            expect_states();
             barrier_arrive_expect(sm.references_there, DECODE_ROWS * S::ALL_PARTS * 4);
             barrier_arrive_expect(sm.p_there, blocks * BLOCK_UNITS * min(sm.t.n_rows, 8) * 4 * (int)sizeof(uint4));
         }
@@ -397,31 +426,32 @@ template <class S> struct ClusterThread {
         }
         cp_async_wait<0>(); /* of few blocks the second half of V has not been waited for */
         __syncthreads();    /* l may be read */
-        if (warp >= VALUE_WARPS)
-            return;
-        if (partials.o)
-            spill(o, partials);
-        else
-            finish(o, sm.l[lane % DECODE_ROWS]);
+        if (warp < VALUE_WARPS)
+            close_split(o, sm.l[lane % DECODE_ROWS], partials);
     }
 
     /* The state of a split of which nothing is seen. */
     __device__ __forceinline__ void run_empty(const fad_partials &partials) {
-        m = FAD_F32_SENTINEL;
         if (partials.o) {
             if (rank == 0)
                 spill_empty(p, sm.t, partials, sm.range.from, sm.range.to, threadIdx.x, CLUSTER_THREADS);
-        } else if (warp < VALUE_WARPS) {
-            const float zeros[S::TILES][4] = {};
-            finish(zeros, 0);
+            return;
+        }
+        if constexpr (S::FOLDS) {
+            if (threadIdx.x == 0)
+                expect_states();
+            cluster_wait(); /* all thread blocks have begun, and may be written to */
+        }
+        if (warp < VALUE_WARPS) {
+            float zeros[S::TILES][4] = {};
+            m = FAD_F32_SENTINEL;
+            close_split(zeros, 0, partials);
         }
     }
 };
 
-/* An item, a tile with one split, for each cluster. */
-template <class S>
-__global__ void __cluster_dims__(S::RANKS) __launch_bounds__(CLUSTER_THREADS, S::RESIDENT)
-    hopper_cluster_kernel(const __grid_constant__ fad_attn_problem p, const __grid_constant__ Work work) {
+/* An item, a split of a tile, for each RANKS thread blocks. */
+template <class S> static __device__ __forceinline__ void hopper_cluster(const fad_attn_problem &p, const Work &work) {
     extern __shared__ __align__(1024) char shared_memory[];
     ClusterShared<S> &sm = *(ClusterShared<S> *)shared_memory;
     allow_next_kernel();
@@ -429,24 +459,52 @@ __global__ void __cluster_dims__(S::RANKS) __launch_bounds__(CLUSTER_THREADS, S:
         barrier_init(sm.references_there, 1);
         barrier_init(sm.p_there, 1);
         barrier_init(sm.second_there, COPY_THREADS);
+        if constexpr (S::FOLDS)
+            barrier_init(sm.sent_there, 1);
         fence_barrier_init();
     }
     __syncwarp();
     cluster_arrive();
-    if (!share_item(p, work, DECODE_ROWS, blockIdx.x / S::RANKS, sm.t, sm.range))
+    unsigned item = blockIdx.x / S::RANKS;
+    int splits = 1, split = 0;
+    if constexpr (S::FOLDS) {
+        splits = work.cluster_splits;
+        const unsigned tile = work.cluster.quotient(item);
+        split = (int)(item - tile * splits);
+        item = split * (unsigned)work.n_tiles + tile;
+    }
+    if (!share_item(p, work, DECODE_ROWS, item, sm.t, sm.range))
         return;
-    ClusterThread<S> thread{p, sm, work.rule, sm.range.blocks};
+    ClusterThread<S> thread{p, sm, work.rule, sm.range.blocks, splits, split};
     if (sm.range.blocks > 0)
         thread.run(work.partials);
     else
         thread.run_empty(work.partials);
 }
 
+/* Clusters of one split, */
+template <class S>
+__global__ void __cluster_dims__(S::RANKS) __launch_bounds__(CLUSTER_THREADS, S::RESIDENT)
+    hopper_cluster_kernel(const __grid_constant__ fad_attn_problem p, const __grid_constant__ Work work) {
+    hopper_cluster<S>(p, work);
+}
+/* and of as many as the launch says: what does not know their size as it is compiled takes 2 to 4 % longer. */
+template <class S>
+__global__ void __launch_bounds__(CLUSTER_THREADS, S::RESIDENT)
+    hopper_cluster_fold_kernel(const __grid_constant__ fad_attn_problem p, const __grid_constant__ Work work) {
+    hopper_cluster<S>(p, work);
+}
+
 template <class S> static MmaKernel hopper_cluster_of() {
     static_assert(S::RESIDENT * (sizeof(ClusterShared<S>) + 1024) <= 228 * 1024, "they share a multiprocessor");
     static_assert(sizeof(ClusterShared<S>::p) + S::HALF_BYTES <= sizeof(ClusterShared<S>::k), "they replace it");
-    return {DECODE_ROWS, S::D,    CLUSTER_THREADS, false, sizeof(ClusterShared<S>), 0, hopper_cluster_kernel<S>,
-            S::RANKS,    S::PAGES};
+    MmaKernel kernel = {DECODE_ROWS, S::D,    CLUSTER_THREADS, false,   sizeof(ClusterShared<S>),
+                        0,           nullptr, S::RANKS,        S::PAGES};
+    if constexpr (S::FOLDS)
+        kernel.run = hopper_cluster_fold_kernel<S>, kernel.splits = S::SPLITS;
+    else
+        kernel.run = hopper_cluster_kernel<S>;
+    return kernel;
 }
 
 #endif

@@ -21,6 +21,13 @@ struct Device {
 };
 fad_status get_device(Device *device);
 
+static inline cudaLaunchAttribute cluster_of(int blocks) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {(unsigned)blocks, 1, 1};
+    return attribute;
+}
+
 /* most_shared: the most that any launch of this kernel may ask for. It is a setting of the kernel, which other threads
  * launch too, so that all must give the same; 0: none asks for any. */
 struct LaunchOptions {
@@ -28,6 +35,7 @@ struct LaunchOptions {
     /* May start before the kernel before it has ended, because it waits for it itself: if it has been compiled for compute
      * capability 9.0 or later. */
     bool before_last_ends;
+    int cluster = 1; /* thread blocks that run together, if the kernel does not say */
 };
 
 template <class... Args>
@@ -40,7 +48,7 @@ static fad_status launch(void (*kernel)(Args...), int64_t blocks, int threads, s
                               (long long)blocks, INT32_MAX);
     if (options.most_shared)
         TRY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)options.most_shared));
-    cudaLaunchAttribute attributes[1];
+    cudaLaunchAttribute attributes[2];
     cudaLaunchConfig_t config = {(unsigned)blocks, (unsigned)threads, shared, (cudaStream_t)stream, attributes, 0};
     if (options.before_last_ends) {
         cudaFuncAttributes code;
@@ -49,6 +57,8 @@ static fad_status launch(void (*kernel)(Args...), int64_t blocks, int threads, s
         attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attribute.val.programmaticStreamSerializationAllowed = code.ptxVersion >= 90;
     }
+    if (options.cluster > 1)
+        attributes[config.numAttrs++] = cluster_of(options.cluster);
     return cuda_status(cudaLaunchKernelEx(&config, kernel, args...), "kernel launch");
 }
 

@@ -85,7 +85,7 @@ static int64_t key_tile_bound(const fad_attn_problem *p, int keys) {
 static Work row_tiles_of(const fad_attn_problem *p, int rows) {
     const int64_t tiles = tile_bound(*p, rows), splits = fad_split_capacity(p) + 1;
     return {
-        tiles, tiles, splits, nullptr, nullptr, {}, false, ScoreRule(*p), DenseWork(*p, rows, tiles, tiles, splits)};
+        tiles, tiles, splits, 0, nullptr, nullptr, {}, false, ScoreRule(*p), DenseWork(*p, rows, tiles, tiles, splits)};
 }
 
 /* Whether the Hopper kernels serve this call, and how. */

@@ -12,6 +12,7 @@ struct Plan {
     int resident;              /* thread blocks that the device holds at once */
     int64_t n_tiles, n_splits; /* upper bounds for packed calls */
     int64_t item_splits;       /* consecutive splits that are one item */
+    int cluster_splits;        /* all of a tile, if a cluster folds them, or 1 */
     bool spill;
 };
 
@@ -61,36 +62,72 @@ static bool may_spill(const fad_attn_problem *p, const Plan &plan) {
     return !p->cu_seqlens_q && plan.n_splits > 1 && (forced ? forced == 2 : states <= keys);
 }
 
-/* The kernel whose clusters share splits, where that is possible and pays: splits are long, and so few that each can have a
- * cluster at once, of many thread blocks or else of few. Else null. */
-static const MmaKernel *choose_cluster(const fad_attn_problem *p, const Plan &plan) {
+#ifdef FAD_HOPPER
+/* Clusters of so many thread blocks that the device holds at once. */
+static fad_status count_clusters(const MmaKernel &kernel, const Device &device, int blocks, int *count) {
+    const void *run = (const void *)kernel.run;
+    cudaLaunchAttribute attribute = cluster_of(blocks);
+    cudaLaunchConfig_t config = {
+        (unsigned)blocks, (unsigned)kernel.threads, kernel.shared_bytes, nullptr, &attribute, 1};
+    TRY_CUDA(cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes));
+    TRY_CUDA(cudaOccupancyMaxActiveClusters(count, run, &config));
+    return FAD_OK;
+}
+
+/* Whether such clusters can have all splits of a tile: those of all tiles at once. */
+static fad_status can_fold(const fad_attn_problem *p, const Plan &plan, const MmaKernel &kernel, bool *can) {
+    const fad_schedule *forced = fad_core->forced_schedule();
+    int clusters = 0;
+    *can = plan.n_splits > 1 && plan.n_splits <= kernel.splits && forced->split_parallel != 2;
+    if (!*can || forced->kernel)
+        return FAD_OK;
+    TRY(count_clusters(kernel, plan.device, (int)plan.n_splits * kernel.ranks, &clusters));
+    *can = tile_bound(*p, kernel.rows) <= clusters;
+    return FAD_OK;
+}
+#endif
+
+/* The kernel whose clusters share splits, where that is possible and pays: splits are long, and so few that each can have
+ * many thread blocks at once, or else few. Else null. */
+static fad_status choose_cluster(const fad_attn_problem *p, Plan *plan) {
+    plan->kernel = nullptr;
+    plan->cluster_splits = 1;
 #ifdef FAD_HOPPER
     const fad_schedule *forced = fad_core->forced_schedule();
     const bool few = (forced->tile_rows ? forced->tile_rows : typical_rows(p)) <= DECODE_ROWS,
                fits = p->split_size <= CLUSTER_KEYS || (p->Sk <= CLUSTER_KEYS && !p->k_pos),
                wanted = forced->kernel == 0 || forced->kernel == 3;
-    if (plan.device.compute != 90 || !wanted || !few || !fits || !(plan.n_splits == 1 || may_spill(p, plan)))
-        return nullptr;
-    const MmaKernels table = p->dtype == FAD_BFLOAT16 ? hopper_cluster_bf16() : hopper_cluster_fp16();
-    const int64_t dims = max(p->D, p->Dv), items = tile_bound(*p, DECODE_ROWS) * plan.n_splits;
-    const int64_t keys = min(p->Sk, p->split_size); /* of a split */
-    const MmaKernel *best = nullptr;
-    for (const MmaKernel *k = table.begin; k < table.end; k++) {
-        const bool narrowest = k->dims >= dims && (k->dims == 64 || k->dims / 2 < dims),
-                   serves = k->pages == !!p->block_table, pays = keys >= CLUSTER_KEYS * (k->ranks > 2 ? 3 : 5) / 8;
-        if (!narrowest || !serves || !(pays || forced->kernel))
-            continue;
-        /* multiprocessors that such clusters can have for themselves: pairs all, larger ones not quite */
-        if (items * k->ranks <= plan.device.multiprocessors * (k->ranks > 2 ? 7 : 8) / 8)
-            return k;
-        if (forced->kernel)
-            best = k;
-    }
-    return best;
+    if (plan->device.compute != 90 || !wanted || !few || !fits || !(plan->n_splits == 1 || may_spill(p, *plan)))
+        return FAD_OK;
+    const bool bf16 = p->dtype == FAD_BFLOAT16;
+    const MmaKernels tables[] = {bf16 ? hopper_cluster_fold_bf16() : hopper_cluster_fold_fp16(),
+                                 bf16 ? hopper_cluster_bf16() : hopper_cluster_fp16()};
+    const int64_t dims = max(p->D, p->Dv), items = tile_bound(*p, DECODE_ROWS) * plan->n_splits,
+                  keys = min(p->Sk, p->split_size); /* of a split */
+    for (const MmaKernels &table : tables)
+        for (const MmaKernel *k = table.begin; k < table.end; k++) {
+            const bool
+                narrowest = k->dims >= dims && (k->dims == 64 || k->dims / 2 < dims),
+                serves = k->pages == !!p->block_table, many = k->ranks > 2,
+                /* multiprocessors that such clusters can have for themselves: pairs all, larger ones not quite */
+                room = items * k->ranks <= plan->device.multiprocessors * (many ? 7 : 8) / 8,
+                pays = room && keys >= CLUSTER_KEYS * (many ? 3 : 5) / 8;
+            bool fold = false;
+            if (!narrowest || !serves || !(pays || forced->kernel))
+                continue;
+            if (k->splits)
+                TRY(can_fold(p, *plan, *k, &fold));
+            if (fold)
+                plan->cluster_splits = (int)plan->n_splits;
+            if (fold || !k->splits)
+                plan->kernel = k;
+            if (fold || (room && !k->splits))
+                return FAD_OK;
+        }
 #else
-    (void)p, (void)plan;
-    return nullptr;
+    (void)p;
 #endif
+    return FAD_OK;
 }
 
 static fad_status count_resident(const Plan &plan, int *resident) {
@@ -143,7 +180,7 @@ static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
     plan->n_splits = most_splits(p);
     plan->hopper = nullptr;
     plan->keys_by_warp = false;
-    plan->kernel = choose_cluster(p, *plan);
+    TRY(choose_cluster(p, plan));
     if (!plan->kernel) {
         choose_hopper(p, plan);
         plan->kernel = plan->hopper ? &plan->hopper->shape : choose_kernel(p, plan->device);
@@ -156,7 +193,7 @@ static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
     plan->item_splits = plan->kernel->ranks > 1 ? 1 : choose_run(*plan);
     /* Spilling pays where tiles alone leave multiprocessors idle. */
     const bool pays = plan->item_splits < plan->n_splits || fad_core->forced_schedule()->split_parallel == 2;
-    plan->spill = may_spill(p, *plan) && pays;
+    plan->spill = may_spill(p, *plan) && pays && plan->cluster_splits == 1;
     return FAD_OK;
 }
 
@@ -175,11 +212,16 @@ static fad_status workspace(const fad_attn_problem *p, int32_t, size_t *bytes) {
     return FAD_OK;
 }
 
-static Work make_work(const fad_attn_problem *p, const Plan &plan, int64_t n_items, int64_t item_splits, void *rest,
+/* Tiles with all their splits, or runs of n_splits. */
+static Work make_work(const fad_attn_problem *p, const Plan &plan, int64_t n_splits, void *rest,
                       const fad_partials &partials) {
-    return {n_items,           plan.n_tiles,  item_splits,
-            nullptr,           rest,          partials,
-            plan.keys_by_warp, ScoreRule(*p), DenseWork(*p, plan.kernel->rows, n_items, plan.n_tiles, item_splits)};
+    const int64_t item_splits = n_splits ? plan.item_splits : plan.n_splits,
+                  n_items = plan.n_tiles * (n_splits ? runs_of(plan, n_splits) : 1);
+    return {n_items,       plan.n_tiles,
+            item_splits,   n_splits,
+            nullptr,       rest,
+            partials,      plan.keys_by_warp,
+            ScoreRule(*p), DenseWork(*p, plan.kernel->rows, n_items, plan.n_tiles, item_splits)};
 }
 
 /* One thread block an item or, persistent, as many as the device holds at once. */
@@ -190,7 +232,8 @@ static fad_status run(const fad_attn_problem *p, const Plan &plan, Work work, co
         work.counter = (unsigned long long *)runtime->workspace;
         TRY_CUDA(cudaMemsetAsync(work.counter, 0, COUNTER_BYTES, (cudaStream_t)runtime->stream));
     }
-    const LaunchOptions options = {(size_t)plan.device.shared_bytes, false};
+    const LaunchOptions options = {(size_t)plan.device.shared_bytes, false,
+                                   kernel.splits ? kernel.ranks * work.cluster_splits : 1};
     if (plan.hopper)
         return launch(plan.hopper->run, grid, kernel.threads, kernel.shared_bytes, runtime->stream, options, *p, work,
                       plan.k_map, plan.v_map);
@@ -201,10 +244,11 @@ static fad_status run(const fad_attn_problem *p, const Plan &plan, Work work, co
 /* Runs of splits of every tile. */
 static fad_status run_splits(const fad_attn_problem *p, const Plan &plan, const fad_partials &partials,
                              int64_t n_splits, const fad_runtime *runtime) {
+    if (n_splits == 0)
+        return FAD_OK;
     fad_partials of_splits = partials; /* a sink's state, if there is one, is not the kernel's */
     of_splits.n_splits = n_splits;
-    const int64_t n_items = plan.n_tiles * runs_of(plan, n_splits);
-    return run(p, plan, make_work(p, plan, n_items, plan.item_splits, nullptr, of_splits), runtime);
+    return run(p, plan, make_work(p, plan, n_splits, nullptr, of_splits), runtime);
 }
 
 static fad_status forward(const fad_attn_problem *p, const fad_runtime *runtime) {
@@ -213,8 +257,14 @@ static fad_status forward(const fad_attn_problem *p, const fad_runtime *runtime)
     TRY(check_rows("out", p->out, p->cu_seqlens_q ? 1 : p->B, p->Sq, p->Hq, p->Dv));
     TRY(make_plan(p, &plan));
     char *const after_counter = (char *)runtime->workspace + COUNTER_BYTES;
+    if (plan.cluster_splits > 1) {
+        Work work = make_work(p, plan, plan.n_splits, nullptr, {});
+        work.cluster_splits = plan.cluster_splits;
+        work.cluster = Divisor(plan.cluster_splits);
+        return run(p, plan, work, runtime);
+    }
     if (!plan.spill) /* every tile with all its splits */
-        return run(p, plan, make_work(p, plan, plan.n_tiles, plan.n_splits, after_counter, {}), runtime);
+        return run(p, plan, make_work(p, plan, 0, after_counter, {}), runtime);
     lay_out_partials(p, plan.n_splits, after_counter, &partials);
     TRY(run_splits(p, plan, partials, plan.n_splits, runtime));
     return fold_partials(p, partials, runtime->stream);

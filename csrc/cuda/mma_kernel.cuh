@@ -14,8 +14,9 @@ struct MmaKernel {
     size_t shared_bytes, /* of a thread block, */
         rest_bytes;      /* and where its running O rests, in the workspace */
     void (*run)(fad_attn_problem, Work);
-    int ranks = 1;      /* thread blocks of a cluster, which share an item; */
-    bool pages = false; /* such a cluster serves keys in pages, or else in one buffer */
+    int ranks = 1;      /* thread blocks of a cluster that share an item; */
+    bool pages = false; /* such a cluster serves keys in pages, or else in one buffer; */
+    int splits = 0;     /* it has all splits of a tile, at most so many, and folds them; 0: it has one split */
 };
 
 /* By rows, then by dims, ascending. */
@@ -25,8 +26,9 @@ struct MmaKernels {
 template <int N> static MmaKernels list_kernels(const MmaKernel (&table)[N]) { return {table, table + N}; }
 MmaKernels mma_decode_bf16(), mma_decode_fp16(), mma_tile_bf16(), mma_tile_fp16();
 
-/* Kernels whose clusters share a split, with the keys that a split may have. Of each head dim those of most ranks first. */
-constexpr int CLUSTER_BLOCKS = 8, CLUSTER_KEYS = CLUSTER_BLOCKS * FAD_MMA_BLOCK_KV;
-MmaKernels hopper_cluster_bf16(), hopper_cluster_fp16();
+/* Kernels whose clusters share a split, with the keys that a split may have, and the thread blocks that a cluster may. Of each
+ * head dim those of most ranks first. */
+constexpr int CLUSTER_BLOCKS = 8, CLUSTER_KEYS = CLUSTER_BLOCKS * FAD_MMA_BLOCK_KV, CLUSTER_MOST = 8;
+MmaKernels hopper_cluster_bf16(), hopper_cluster_fp16(), hopper_cluster_fold_bf16(), hopper_cluster_fold_fp16();
 
 #endif

@@ -30,17 +30,19 @@ struct DenseWork {
     }
 };
 
-/* n_items items: the tiles, or with partials.o the tiles of each run of item_splits splits, tile = item % n_tiles. With
- * a counter, which starts at 0, a thread block takes the next item whenever it has finished one; without, block i takes
- * item i. */
+/* n_items items: the tiles with all their splits; or, if n_splits is not 0, the tiles of each run of item_splits of so many
+ * splits, tile = item % n_tiles. With a counter, which starts at 0, a thread block takes the next item whenever it has
+ * finished one; without, block i takes item i. */
 struct Work {
-    int64_t n_items, n_tiles, item_splits;
+    int64_t n_items, n_tiles, item_splits, n_splits;
     unsigned long long *counter;
     void *rest;            /* where a thread block's running O rests between splits */
-    fad_partials partials; /* null unless splits are spilled */
+    fad_partials partials; /* null unless splits are spilled: items are runs of them */
     bool keys_by_warp;     /* keys are in pages that the copy engine does not serve */
     ScoreRule rule;
     DenseWork dense;
+    int cluster_splits = 1; /* items of a cluster: all splits of a tile, or one item */
+    Divisor cluster = Divisor(cluster_splits);
 };
 
 /* The next item of this thread block, taken by one warp. */
@@ -189,8 +191,8 @@ static __device__ void find_dense_keys(const fad_attn_problem &p, const Work &wo
     int lo = max(max(first - dense.left, 0), from * dense.split_keys), hi = min(last + dense.right + 1, n_k);
     range.split = range.from = from;
     range.to = MOST_SPLITS;
-    if (work.partials.o) {
-        const int to = min(from + dense.item_splits, (int)work.partials.n_splits);
+    if (work.n_splits) {
+        const int to = min(from + dense.item_splits, (int)work.n_splits);
         hi = min(hi, to * dense.split_keys);
         range.to = to;
     }
@@ -226,8 +228,8 @@ static __device__ bool find_item(const fad_attn_problem &p, const Work &work, in
     const bool exists = locate_tile(p, rows, number - nth * work.n_tiles, shared);
     if (exists && threadIdx.x % 32 == 0) {
         const int64_t from = nth * work.item_splits;
-        set_key_range(p, shared, from,
-                      work.partials.o ? min(from + work.item_splits, work.partials.n_splits) : MOST_SPLITS, range);
+        set_key_range(p, shared, from, work.n_splits ? min(from + work.item_splits, work.n_splits) : MOST_SPLITS,
+                      range);
     }
     return exists;
 }

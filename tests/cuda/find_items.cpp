@@ -124,9 +124,8 @@ static int compare_call() {
     const int64_t tiles = tile_bound(p, rows), splits = fad_split_capacity(&p);
     const bool spill = splits > 0 && one_in(2);
     const int64_t run = spill ? pick(1, splits) : splits, items = tiles * (spill ? (splits + run - 1) / run : 1);
-    Work dense = {items, tiles, run, nullptr, nullptr, {}, false, ScoreRule(p), DenseWork(p, rows, items, tiles, run)};
-    if (spill)
-        dense.partials = {&dense, nullptr, nullptr, splits};
+    Work dense = {items,   tiles, run,   spill ? splits : 0, nullptr,
+                  nullptr, {},    false, ScoreRule(p),       DenseWork(p, rows, items, tiles, run)};
     Work general = dense;
     general.dense.valid = false;
     if (!dense.dense.valid)
