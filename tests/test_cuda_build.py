@@ -125,7 +125,9 @@ CHECKED = {"hopper_tile_fp16": {"fma.rn.f16x2"}}
 
 def allowed_in(name: str) -> frozenset[str]:
     """What forbidden() lets pass in a source of csrc/cuda."""
-    finishes = re.fullmatch(r"(?:mma|hopper)_(?:decode|tile|cluster|backward(?:_keys|_rows)?)_(bf16|fp16)", name)
+    finishes = re.fullmatch(
+        r"(?:mma|hopper)_(?:decode|tile|cluster(?:_fold)?|backward(?:_keys|_rows)?)_(bf16|fp16)", name
+    )
     finite = FINITE[finishes[1]] | CHECKED.get(name, set()) if finishes else set()
     return frozenset(finite | ({EX2} if name in TENSOR_CORES else set()))
 

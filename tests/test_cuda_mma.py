@@ -6,6 +6,7 @@ checked of the oracle without a GPU in test_mma_oracle.py.
 """
 
 import itertools
+import math
 import warnings
 from functools import partial
 from pathlib import Path
@@ -201,11 +202,11 @@ def test_n3_clusters_give_the_bits_of_other_kernels_for_splits_of_every_length(d
     calls = {size: dict(seqused_k=used, causal=True, split_size=size) for size in (384, 1024)}
     for size, keywords in calls.items():
         want = None
-        for kernel in ("generic", "hopper", "cluster"):
-            with _schedule.forced(kernel=kernel, tile_rows=16, split_parallel=True), poisoned():
+        for kernel, spilled in (("generic", True), ("hopper", True), ("cluster", True), ("cluster", None)):
+            with _schedule.forced(kernel=kernel, tile_rows=16, split_parallel=spilled), poisoned():
                 got = attention(q, k, v, **keywords)
             want = want or got
-            assert_same(got, want, f"{kernel} {size}")
+            assert_same(got, want, f"{kernel} {size}, spilled: {spilled}")
         assert not want[0].isnan().any()
 
 
@@ -240,6 +241,57 @@ def test_n1_clusters_finish_one_split_with_any_value_dims(Sq, group, D, Dv, B):
             got[kernel] = attention(*qkv, split_size=1024, **keywords)
     assert_same(got["cluster"], got["generic"], f"{D} {Dv}")
     assert differing(got["cluster"], attention(*qkv, split_size=512, **keywords)) > 0
+
+
+FOLDS = [(64, 2), (64, 4), (128, 2), (128, 3), (128, 4), (256, 2)]  # head dim, splits: with clusters of 8 or fewer
+
+
+@needs_hopper
+@pytest.mark.parametrize(("D", "splits"), FOLDS)
+def test_clusters_that_fold_run_without_a_second_kernel(D, splits):
+    """Until their number, or that of all thread blocks, is too large."""
+
+    def kernels(splits, B=1, **schedule):
+        qkv = moved(tensors(B=B, Sq=1, Sk=1024 * splits, Hk=2, D=D, dtype=torch.bfloat16))
+        return kernels_of(*qkv, split_size=1024, **schedule)
+
+    (alone,) = kernels(splits)
+    assert "fold" in alone
+    assert kernels(splits, kernel="cluster") == {alone}
+    spilled = kernels(splits, kernel="cluster", split_parallel=True)
+    assert len(spilled) == 2
+    assert alone not in spilled
+    assert alone not in kernels(9) | kernels(splits, B=torch.cuda.get_device_properties(0).multi_processor_count // 2)
+
+
+@needs_hopper
+@every_16_bit_dtype
+@pytest.mark.parametrize("page_size", [None, 16, 5])
+@pytest.mark.parametrize(("D", "splits"), FOLDS)
+def test_n8_clusters_fold_splits_of_every_length(D, splits, page_size, dtype):
+    """Some sequences end in the first split, or have no key; a window leaves the first splits empty; values are Inf
+    and -0; sinks."""
+    Sk = 384 * splits
+    lengths = (Sk, Sk - 383, 200, 0, 1)
+    q, k, v = tensors(B=len(lengths), Sq=3, Sk=Sk, Hq=8, Hk=2, D=D, dtype=dtype)
+    v[0, 5, 0, 1], v[1, 100, 1, D - 1], v[2] = math.inf, -math.inf, -0.0
+    used = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    keywords = {"causal": True, "sinks": normal((8,), 78).cuda(), "split_size": 384}
+    if page_size:
+        pool_k, pool_v, table = moved(in_pages(k, v, page_size, lengths))
+        call = partial(fad.attn_with_kvcache, q.cuda(), pool_k, pool_v, cache_seqlens=used, block_table=table)
+        call = partial(call, return_lse=True)
+    else:
+        call = partial(attention, *moved((q, k, v)), seqused_k=used)
+    for window in ((-1, -1), (300, -1)):
+        got = {}
+        for kernel, spilled in (("generic", True), ("cluster", None), ("cluster", True)):
+            with _schedule.forced(kernel=kernel, tile_rows=16, split_parallel=spilled), poisoned():
+                got[kernel, spilled] = call(window=window, **keywords)
+        want = got.pop(("generic", True))
+        for (_, spilled), result in got.items():
+            assert_same(result, want, f"window {window}, spilled: {spilled}")
+        assert differing(want, call(window=window, **keywords | {"split_size": 512})) > 0
 
 
 # ---- the bits of the contract ----------------------------------------------------------------------------------------

@@ -121,10 +121,11 @@ def test_n1_clusters_read_pages_of_long_splits(page_size, D, repeats):
     expected = attention(*moved((q, k, v)), seqused_k=int32(*lengths).cuda(), **keywords)
     pages = pages._replace(block_table=pages.block_table.repeat(repeats, 1))
     q, lengths = q.cuda().repeat(repeats, 1, 1, 1), lengths * repeats
-    with _schedule.forced(kernel="cluster", tile_rows=16, split_parallel=True), poisoned():
-        got = cached(q, pages, lengths, **keywords)
-    for out, lse in zip(*(x.split(3) for x in got), strict=True):
-        assert_same((out, lse), expected, "a cluster for each split")
+    for spilled in (True, None):
+        with _schedule.forced(kernel="cluster", tile_rows=16, split_parallel=spilled), poisoned():
+            got = cached(q, pages, lengths, **keywords)
+        for out, lse in zip(*(x.split(3) for x in got), strict=True):
+            assert_same((out, lse), expected, f"a cluster for each split, spilled: {spilled}")
     assert differing(got, cached(q, pages, lengths, causal=True, split_size=2048)) > 0
 
 

@@ -20,6 +20,7 @@ CONSUMER, OUTPUT = "cuda/hopper_tile_consumer.cuh", "cuda/mma_output.cuh"
 PRODUCER, SOFTMAX = "cuda/hopper_tile_producer.cuh", "cuda/mma_softmax.cuh"
 PAGES, BOXES = "cuda/hopper_tile_pages.cuh", "cuda/hopper_copy.cuh"
 CLUSTER, MEMORY = "cuda/hopper_cluster.cuh", "cuda/mma_memory.cuh"
+FOLD = "cuda/hopper_cluster_fold.cuh"
 DECODE = "cuda/mma_decode_producer.cuh"
 CALLS, SECONDS = 60, 300
 
@@ -114,7 +115,12 @@ DECODE_MISTAKES = {
     ),
     "P sent before all references are there": (CLUSTER, "barrier_wait_cluster(sm.references_there, 0);", "", "64"),
     "P read before it is there": (CLUSTER, "barrier_wait_cluster(sm.p_there, 0); /* P may be read */", "", "128"),
-    "sent before all thread blocks have begun": (CLUSTER, "        cluster_wait(); /* all", "        /* all", "128"),
+    "sent before all thread blocks have begun": (
+        CLUSTER,
+        "load(second);\n        cluster_wait();",
+        "load(second);",
+        "128",
+    ),
     "less of P than is waited for": (CLUSTER, "if (lane / 4 < n_rows)", "if (lane / 4 < n_rows - 1)", "128"),
     "the second half of V before it is there": (
         CLUSTER,
@@ -135,6 +141,14 @@ DECODE_MISTAKES = {
         "128",
     ),
     "the factors of other blocks": (CLUSTER, "from = b == warp ? m : from;", "from = b == warp ? to : from;", "128"),
+    "splits folded before they are there": (
+        CLUSTER,
+        "            barrier_wait_cluster(sm.sent_there, 0);\n",
+        "",
+        "128",
+    ),
+    "states sent to the thread block of other dims": (CLUSTER, ".send_to(rank,", ".send_to(0,", "128"),
+    "a split folded onto the references of another": (FOLD, "        m = now;\n", "", "64"),
     "no care for values in clusters": (CLUSTER, "warp < VALUE_WARPS && need_care()", "false", "64"),
     "keys of pages at other places": (MEMORY, "(c ^ i / LINE) % ROW_CHUNKS", "c % ROW_CHUNKS", "128"),
     "slots overwritten while they are used": (

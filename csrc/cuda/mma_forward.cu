@@ -13,6 +13,7 @@ struct Plan {
     int64_t n_tiles, n_splits; /* upper bounds for packed calls */
     int64_t item_splits;       /* consecutive splits that are one item */
     int cluster_splits;        /* all of a tile, if a cluster folds them, or 1 */
+    bool states;               /* are wanted, not out */
     bool spill;
 };
 
@@ -78,17 +79,26 @@ static fad_status count_clusters(const MmaKernel &kernel, const Device &device, 
 static fad_status can_fold(const fad_attn_problem *p, const Plan &plan, const MmaKernel &kernel, bool *can) {
     const fad_schedule *forced = fad_core->forced_schedule();
     int clusters = 0;
-    *can = plan.n_splits > 1 && plan.n_splits <= kernel.splits && forced->split_parallel != 2;
+    *can = plan.n_splits > 1 && plan.n_splits <= kernel.splits && !plan.states && forced->split_parallel != 2;
     if (!*can || forced->kernel)
         return FAD_OK;
     TRY(count_clusters(kernel, plan.device, (int)plan.n_splits * kernel.ranks, &clusters));
     *can = tile_bound(*p, kernel.rows) <= clusters;
     return FAD_OK;
 }
+
+/* Whether splits are so long, and so few, that such clusters pay: each has multiprocessors of its own, pairs all that there
+ * are, larger ones not quite. */
+static bool clusters_pay(const fad_attn_problem *p, const Plan &plan, const MmaKernel &kernel) {
+    const int64_t blocks = tile_bound(*p, kernel.rows) * plan.n_splits * kernel.ranks,
+                  keys = min(p->Sk, p->split_size); /* of a split */
+    const bool many = kernel.ranks > 2, room = blocks <= plan.device.multiprocessors * (many ? 7 : 8) / 8;
+    return room && (keys >= CLUSTER_KEYS * (many ? 3 : 5) / 8 || fad_core->forced_schedule()->kernel);
+}
 #endif
 
-/* The kernel whose clusters share splits, where that is possible and pays: splits are long, and so few that each can have
- * many thread blocks at once, or else few. Else null. */
+/* The kernel whose clusters share splits, where that is possible and pays: the first of those that fold them, or else of those
+ * that do not. Else null. */
 static fad_status choose_cluster(const fad_attn_problem *p, Plan *plan) {
     plan->kernel = nullptr;
     plan->cluster_splits = 1;
@@ -102,26 +112,20 @@ static fad_status choose_cluster(const fad_attn_problem *p, Plan *plan) {
     const bool bf16 = p->dtype == FAD_BFLOAT16;
     const MmaKernels tables[] = {bf16 ? hopper_cluster_fold_bf16() : hopper_cluster_fold_fp16(),
                                  bf16 ? hopper_cluster_bf16() : hopper_cluster_fp16()};
-    const int64_t dims = max(p->D, p->Dv), items = tile_bound(*p, DECODE_ROWS) * plan->n_splits,
-                  keys = min(p->Sk, p->split_size); /* of a split */
+    const int64_t dims = max(p->D, p->Dv);
     for (const MmaKernels &table : tables)
         for (const MmaKernel *k = table.begin; k < table.end; k++) {
-            const bool
-                narrowest = k->dims >= dims && (k->dims == 64 || k->dims / 2 < dims),
-                serves = k->pages == !!p->block_table, many = k->ranks > 2,
-                /* multiprocessors that such clusters can have for themselves: pairs all, larger ones not quite */
-                room = items * k->ranks <= plan->device.multiprocessors * (many ? 7 : 8) / 8,
-                pays = room && keys >= CLUSTER_KEYS * (many ? 3 : 5) / 8;
-            bool fold = false;
-            if (!narrowest || !serves || !(pays || forced->kernel))
+            const bool narrowest = k->dims >= dims && (k->dims == 64 || k->dims / 2 < dims),
+                       serves = narrowest && k->pages == !!p->block_table, pays = clusters_pay(p, *plan, *k);
+            bool can = serves && (pays || forced->kernel);
+            if (can && k->splits)
+                TRY(can_fold(p, *plan, *k, &can));
+            if (!can)
                 continue;
+            plan->kernel = k;
             if (k->splits)
-                TRY(can_fold(p, *plan, *k, &fold));
-            if (fold)
                 plan->cluster_splits = (int)plan->n_splits;
-            if (fold || !k->splits)
-                plan->kernel = k;
-            if (fold || (room && !k->splits))
+            if (k->splits || pays) /* else, if forced, the last will do */
                 return FAD_OK;
         }
 #else
@@ -170,7 +174,7 @@ static int64_t runs_of(const Plan &plan, int64_t n_splits) {
     return (n_splits + plan.item_splits - 1) / plan.item_splits;
 }
 
-static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
+static fad_status make_plan(const fad_attn_problem *p, bool states, Plan *plan) {
     TRY(check_lengths(p));
     const int64_t entries = fad_cache_entries(p), rows = p->block_table ? p->page_size : p->Sk;
     TRY(check_rows("q", p->q, p->cu_seqlens_q ? 1 : p->B, p->Sq, p->Hq, p->D));
@@ -178,6 +182,7 @@ static fad_status make_plan(const fad_attn_problem *p, Plan *plan) {
     TRY(check_rows("v", p->v, entries, rows, p->Hk, p->Dv));
     TRY(get_device(&plan->device));
     plan->n_splits = most_splits(p);
+    plan->states = states;
     plan->hopper = nullptr;
     plan->keys_by_warp = false;
     TRY(choose_cluster(p, plan));
@@ -207,7 +212,7 @@ static size_t rest_bytes(const Plan &plan) {
 static fad_status workspace(const fad_attn_problem *p, int32_t, size_t *bytes) {
     Plan plan;
     fad_partials partials;
-    TRY(make_plan(p, &plan));
+    TRY(make_plan(p, false, &plan));
     *bytes = COUNTER_BYTES + (plan.spill ? lay_out_partials(p, plan.n_splits, nullptr, &partials) : rest_bytes(plan));
     return FAD_OK;
 }
@@ -255,7 +260,7 @@ static fad_status forward(const fad_attn_problem *p, const fad_runtime *runtime)
     Plan plan;
     fad_partials partials;
     TRY(check_rows("out", p->out, p->cu_seqlens_q ? 1 : p->B, p->Sq, p->Hq, p->Dv));
-    TRY(make_plan(p, &plan));
+    TRY(make_plan(p, false, &plan));
     char *const after_counter = (char *)runtime->workspace + COUNTER_BYTES;
     if (plan.cluster_splits > 1) {
         Work work = make_work(p, plan, plan.n_splits, nullptr, {});
@@ -272,7 +277,7 @@ static fad_status forward(const fad_attn_problem *p, const fad_runtime *runtime)
 
 static fad_status partial_states(const fad_attn_problem *p, const fad_partials *partials, const fad_runtime *runtime) {
     Plan plan;
-    TRY(make_plan(p, &plan));
+    TRY(make_plan(p, true, &plan));
     return run_splits(p, plan, *partials, fad_split_capacity(p), runtime);
 }
 

@@ -32,9 +32,9 @@ def inputs(B, Sq, Sk, Hq, Hk, D, dtype):
     return [normal(shape, seed, dtype).cuda() for seed, shape in enumerate(shapes)]
 
 
-def forward(kernel, tile_rows, Sq, dtypes=(torch.bfloat16,), B=1, split_size=SPLIT):
-    """Dense calls with each option, folded and spilled, and paged ones."""
-    for dtype, D, spilled in product(dtypes, HEAD_DIMS, (False, True)):
+def forward(kernel, tile_rows, Sq, dtypes=(torch.bfloat16,), B=1, split_size=SPLIT, folded=False):
+    """Dense calls with each option, folded and spilled, and paged ones. folded: split_parallel where not spilled."""
+    for dtype, D, spilled in product(dtypes, HEAD_DIMS, (folded, True)):
         q, k, v = inputs(B, Sq, 600, 4, 2, D, dtype)
         with _schedule.forced(kernel=kernel, tile_rows=tile_rows, split_parallel=spilled), poisoned():
             for options in OPTIONS:
@@ -63,9 +63,9 @@ def hopper():
 
 
 def cluster():
-    """Of many thread blocks, and with a larger batch of few."""
-    for B, split_size in product((1, 16), (SPLIT, 1024)):
-        forward("cluster", 16, 3, B=B, split_size=split_size)
+    """Of many thread blocks, and with a larger batch of few; where not spilled, clusters fold two or three splits."""
+    for B, split_size in product((1, 16), (SPLIT, 384, 1024)):
+        forward("cluster", 16, 3, B=B, split_size=split_size, folded=None)
 
 
 def fma():
