@@ -265,15 +265,14 @@ def test_clusters_that_fold_run_without_a_second_kernel(D, splits):
 
 
 @needs_hopper
-@every_16_bit_dtype
 @pytest.mark.parametrize("page_size", [None, 16, 5])
 @pytest.mark.parametrize(("D", "splits"), FOLDS)
-def test_n8_clusters_fold_splits_of_every_length(D, splits, page_size, dtype):
+def test_n8_clusters_fold_splits_of_every_length(D, splits, page_size):
     """Some sequences end in the first split, or have no key; a window leaves the first splits empty; values are Inf
     and -0; sinks."""
     Sk = 384 * splits
     lengths = (Sk, Sk - 383, 200, 0, 1)
-    q, k, v = tensors(B=len(lengths), Sq=3, Sk=Sk, Hq=8, Hk=2, D=D, dtype=dtype)
+    q, k, v = tensors(B=len(lengths), Sq=3, Sk=Sk, Hq=8, Hk=2, D=D, dtype=torch.float16)
     v[0, 5, 0, 1], v[1, 100, 1, D - 1], v[2] = math.inf, -math.inf, -0.0
     used = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     keywords = {"causal": True, "sinks": normal((8,), 78).cuda(), "split_size": 384}
@@ -291,7 +290,7 @@ def test_n8_clusters_fold_splits_of_every_length(D, splits, page_size, dtype):
         want = got.pop(("generic", True))
         for (_, spilled), result in got.items():
             assert_same(result, want, f"window {window}, spilled: {spilled}")
-        assert differing(want, call(window=window, **keywords | {"split_size": 512})) > 0
+        assert differing(want, call(window=window, **keywords | {"split_size": 128})) > 0
 
 
 # ---- the bits of the contract ----------------------------------------------------------------------------------------
