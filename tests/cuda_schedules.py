@@ -9,7 +9,7 @@ from cuda_tools import (
 from flash_attn_det import _schedule
 
 # Tiles of 16 rows are the decode kernels'; 64 and 128 are those of prompts; None is the kernel's own choice. Clusters
-# share splits that are spilled, or the only one.
+# share splits that are spilled, or the only one; those that may choose fold a few splits.
 KERNELS = {
     **{f"generic {rows or 'auto'}": {"kernel": "generic", "tile_rows": rows} for rows in (None, 16, 64, 128)},
     **{f"hopper {rows or 'auto'}": {"kernel": "hopper", "tile_rows": rows} for rows in (None, 16, 128)},
@@ -19,7 +19,7 @@ SCHEDULES = {
     f"{name} {'spilled' if split_parallel else 'folded'}": {**kernel, "split_parallel": split_parallel}
     for name, kernel in KERNELS.items()
     for split_parallel in (False, True)
-}
+} | {"cluster 16 that may fold": KERNELS["cluster 16"]}
 
 
 def every_schedule(*qkv, **keywords):

@@ -53,6 +53,7 @@ KERNELS = {
     "generic 128": {"kernel": "generic", "tile_rows": 128, "split_parallel": False},
     "hopper": {"kernel": "hopper", "split_parallel": False},
     "cluster": {"kernel": "cluster", "tile_rows": 16, "split_parallel": True},
+    "cluster that folds": {"kernel": "cluster", "tile_rows": 16},
 }
 every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 

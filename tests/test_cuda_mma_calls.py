@@ -102,6 +102,32 @@ def test_graph_replays_with_growing_lengths(dtype, Sq, schedule):
             previous = out.clone(), lse.clone()
 
 
+def test_graph_of_clusters_that_fold_replays_with_growing_lengths():
+    """Chosen, not forced: the driver may be asked how many clusters the device holds while a graph is captured. The
+    second split is empty at first."""
+    q, k, v = moved(tensors(B=1, Sq=1, Sk=2048, Hq=8, Hk=2, D=128, dtype=torch.float16))
+    used = int32(0).cuda()
+
+    def call(**keywords):
+        return attention(q, k, v, split_size=1024, **keywords)
+
+    with _schedule.forced(kernel="cluster"):
+        call(seqused_k=used)  # loads the kernel
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        used.add_(1)
+        out, lse = call(seqused_k=used)
+    previous = None
+    for length in (1, 2, 1024, 1025, 2048):
+        used.fill_(length - 1)
+        graph.replay()
+        with _schedule.forced(kernel="generic"):
+            expected = call(seqused_k=used)
+        assert_same((out, lse), expected, f"{length} keys")
+        assert previous is None or differing((out, lse), previous) > 0
+        previous = out.clone(), lse.clone()
+
+
 def test_graph_of_packed_sequences_replays_with_other_lengths():
     q, k, v = (x[0] for x in moved(tensors(B=1, Sq=80, Sk=700, dtype=torch.bfloat16)))
     starts = moved([int32(0, 80, 80), int32(0, 700, 700)])

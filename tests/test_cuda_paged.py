@@ -125,7 +125,7 @@ def test_n1_clusters_read_pages_of_long_splits(page_size, D, repeats):
         with _schedule.forced(kernel="cluster", tile_rows=16, split_parallel=spilled), poisoned():
             got = cached(q, pages, lengths, **keywords)
         for out, lse in zip(*(x.split(3) for x in got), strict=True):
-            assert_same((out, lse), expected, f"a cluster for each split, spilled: {spilled}")
+            assert_same((out, lse), expected, f"spilled: {spilled}")
     assert differing(got, cached(q, pages, lengths, causal=True, split_size=2048)) > 0
 
 

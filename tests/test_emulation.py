@@ -53,8 +53,8 @@ def test_n1_every_schedule_gives_the_bits_of_the_cpu(whole, kernels):
     done = run(whole / "fuzz", kernels, CALLS)
     assert done.returncode == 0, done.stdout[-3000:]
     assert done.stdout.endswith(f"0 of {CALLS} calls failed\n")
-    served = re.findall(r"^(?:by|large|small) \w+: (\d+) calls$", done.stdout, re.MULTILINE)
-    assert len(served) == (4 if kernels == "decode" else 0)
+    served = re.findall(r"^(?:by|large|small|folding) \w+: (\d+) calls$", done.stdout, re.MULTILINE)
+    assert len(served) == (5 if kernels == "decode" else 0)
     assert all(int(calls) > 3 for calls in served)
     kinds = re.findall(r"^(64|128|256) (bf16|fp16) (spilled|folded): ", done.stdout, re.MULTILINE)
     assert {len(set(choices)) for choices in zip(*kinds, strict=True)} == {2, 3}
@@ -147,14 +147,26 @@ DECODE_MISTAKES = {
         "",
         "128",
     ),
+    "sent for an empty split before all have begun": (
+        CLUSTER,
+        "            __syncwarp();\n            cluster_wait();",
+        "            __syncwarp();",
+        "64",
+    ),
     "states sent to the thread block of other dims": (CLUSTER, ".send_to(rank,", ".send_to(0,", "128"),
     "a split folded onto the references of another": (FOLD, "        m = now;\n", "", "64"),
-    "no care for values in clusters": (CLUSTER, "warp < VALUE_WARPS && need_care()", "false", "64"),
+    "no care for values in clusters": (CLUSTER, "warp < S::VALUE_WARPS && need_care()", "false", "64"),
     "keys of pages at other places": (MEMORY, "(c ^ i / LINE) % ROW_CHUNKS", "c % ROW_CHUNKS", "128"),
     "slots overwritten while they are used": (
         DECODE,
         "                barrier_wait(sm.empty[ring.index], ring.round ^ 1);\n",
         "",
+        "64",
+    ),
+    "the first boxes again instead of those after": (
+        DECODE,
+        "keys.find(p, row + FOUND_BOXES * rows)",
+        "keys.find(p, row)",
         "64",
     ),
     "boxes from the pages before": (BOXES, "cache.before = cache.here;", "", "128"),

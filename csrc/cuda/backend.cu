@@ -10,8 +10,9 @@ fad_status cuda_status(cudaError_t error, const char *what) {
 }
 
 fad_status get_device(Device *device) {
-    int id, major, minor;
-    TRY_CUDA(cudaGetDevice(&id));
+    int major, minor;
+    TRY_CUDA(cudaGetDevice(&device->id));
+    const int id = device->id;
     TRY_CUDA(cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, id));
     TRY_CUDA(cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
     TRY_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id));

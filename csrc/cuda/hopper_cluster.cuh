@@ -1,7 +1,7 @@
 /* The split-KV kernel of compute capability 9.0 for calls with too few splits to fill the device: a cluster of thread blocks
- * shares one split of up to 1024 keys.
+ * shares one split of up to 1024 keys, or has all splits of a tile.
  *
- * Each thread block computes S and P of its share of the keys, and O of 32 or 64 dims over all of them: O is a chain over the
+ * Each thread block computes S and P of its share of a split's keys, and O of 16 to 64 dims over all of them: O is a chain over the
  * keys, but one for each dim. So nearly all of K and V is asked for at once, and a split has two exchanges, of references
  * and of P, which a thread block writes into the shared memory of all. */
 #ifndef FAD_CUDA_HOPPER_CLUSTER_CUH
@@ -13,7 +13,7 @@
 #include "mma_output.cuh"
 
 constexpr int CLUSTER_WARPS = 8, CLUSTER_THREADS = CLUSTER_WARPS * 32; /* of a thread block */
-constexpr int VALUE_WARPS = 4, SUM_WARPS = 2; /* the next two warps add up l: of rows g, of rows g + 8 */
+constexpr int SUM_WARPS = 2; /* those behind the value warps add up l: of rows g, of rows g + 8 */
 constexpr int COPY_WARPS = CLUSTER_WARPS / 2, COPY_THREADS = COPY_WARPS * 32; /* of K; the others copy q and V */
 constexpr int HALF_KEYS = CLUSTER_KEYS / 2;                                   /* values are there in two halves */
 
@@ -26,15 +26,16 @@ template <fad_dtype T_, int D_, int DIMS_, bool PAGES_, bool FOLDS_> struct Clus
     static constexpr bool PAGES = PAGES_, FOLDS = FOLDS_;
     static constexpr int CHUNKS = D / 8;                      /* of 16 bytes, in a row of q */
     static constexpr int DIMS = DIMS_, DIM_CHUNKS = DIMS / 8; /* of 16 bytes, in a row of V */
-    static constexpr int TILES = DIM_CHUNKS / VALUE_WARPS;    /* n8 tiles of O that are a value warp's */
-    static constexpr int RANKS = D / DIMS;                    /* thread blocks that share a split */
+    static constexpr int VALUE_WARPS = DIM_CHUNKS < 4 ? DIM_CHUNKS : 4;
+    static constexpr int TILES = DIM_CHUNKS / VALUE_WARPS; /* n8 tiles of O that are a value warp's */
+    static constexpr int RANKS = D / DIMS;                 /* thread blocks that share a split */
     static constexpr int SPLITS = FOLDS ? CLUSTER_MOST / RANKS : 1;
     static constexpr int KEYS = CLUSTER_KEYS / RANKS;              /* a thread block's share of S */
     static constexpr int UNITS = KEYS / UNIT_KEYS / CLUSTER_WARPS; /* a warp's share of them */
     static constexpr int PARTS = BLOCK_UNITS / UNITS;              /* warps that share a block */
-    static constexpr int ALL_PARTS = CLUSTER_BLOCKS * PARTS;       /* warps of the cluster */
+    static constexpr int ALL_PARTS = CLUSTER_BLOCKS * PARTS;       /* warps of the split */
     static constexpr int HALF_BYTES = HALF_KEYS * DIMS * 2;        /* of half of V */
-    static constexpr int RESIDENT = DIMS == 32 ? 2 : 1;            /* thread blocks that fit on a multiprocessor */
+    static constexpr int RESIDENT = DIMS <= 32 ? 2 : 1;            /* thread blocks that fit on a multiprocessor */
     static constexpr int COPY_KEYS = KEYS / COPY_WARPS;            /* of K, a copying warp's */
 };
 
@@ -49,12 +50,13 @@ template <class S> struct ClusterShared {
     char first[S::HALF_BYTES];
     union {
         char q[DECODE_ROWS * S::D * 2];
-        float4 o[S::TILES][VALUE_WARPS * 32]; /* to be finished */
+        float4 o[S::TILES][S::VALUE_WARPS * 32]; /* to be finished */
     };
     float references[DECODE_ROWS][S::ALL_PARTS + 4]; /* of the largest score, of every warp; rows in different banks */
     float alpha[CLUSTER_BLOCKS][DECODE_ROWS]; /* N6: what O and l are multiplied by before each block but the first */
     float l[DECODE_ROWS];
-    SplitState<S::TILES, VALUE_WARPS * 32> sent[S::FOLDS ? S::SPLITS - 1 : 1]; /* to the first split, by the others */
+    SplitState<S::TILES, S::VALUE_WARPS * 32>
+        sent[S::FOLDS ? S::SPLITS - 1 : 1]; /* to the first split, by the others */
     RowTable<DECODE_ROWS> rows;
     Tile t;
     KeyRange range;
@@ -413,20 +415,20 @@ template <class S> struct ClusterThread {
         load(second);
         cluster_wait(); /* all thread blocks have begun, and may be written to */
         share_probabilities(second);
-        const bool care = warp < VALUE_WARPS && need_care();
+        const bool care = warp < S::VALUE_WARPS && need_care();
         barrier_wait_cluster(sm.p_there, 0); /* P may be read */
         float o[S::TILES][4] = {};
-        if (warp < VALUE_WARPS) {
+        if (warp < S::VALUE_WARPS) {
             if (care)
                 multiply_guarded(o);
             else
                 multiply(o);
-        } else if (warp < VALUE_WARPS + SUM_WARPS) {
-            add_up_rows(warp - VALUE_WARPS);
+        } else if (warp < S::VALUE_WARPS + SUM_WARPS) {
+            add_up_rows(warp - S::VALUE_WARPS);
         }
         cp_async_wait<0>(); /* of few blocks the second half of V has not been waited for */
         __syncthreads();    /* l may be read */
-        if (warp < VALUE_WARPS)
+        if (warp < S::VALUE_WARPS)
             close_split(o, sm.l[lane % DECODE_ROWS], partials);
     }
 
@@ -440,9 +442,10 @@ template <class S> struct ClusterThread {
         if constexpr (S::FOLDS) {
             if (threadIdx.x == 0)
                 expect_states();
+            __syncwarp();
             cluster_wait(); /* all thread blocks have begun, and may be written to */
         }
-        if (warp < VALUE_WARPS) {
+        if (warp < S::VALUE_WARPS) {
             float zeros[S::TILES][4] = {};
             m = FAD_F32_SENTINEL;
             close_split(zeros, 0, partials);
@@ -497,7 +500,6 @@ __global__ void __launch_bounds__(CLUSTER_THREADS, S::RESIDENT)
 
 template <class S> static MmaKernel hopper_cluster_of() {
     static_assert(S::RESIDENT * (sizeof(ClusterShared<S>) + 1024) <= 228 * 1024, "they share a multiprocessor");
-    static_assert(sizeof(ClusterShared<S>::p) + S::HALF_BYTES <= sizeof(ClusterShared<S>::k), "they replace it");
     MmaKernel kernel = {DECODE_ROWS, S::D,    CLUSTER_THREADS, false,   sizeof(ClusterShared<S>),
                         0,           nullptr, S::RANKS,        S::PAGES};
     if constexpr (S::FOLDS)

@@ -17,7 +17,7 @@ fad_status cuda_status(cudaError_t error, const char *what);
 #define TRY_CUDA(call) TRY(cuda_status(call, #call))
 
 struct Device {
-    int multiprocessors, shared_bytes, compute; /* compute: capability, 90 for 9.0 */
+    int id, multiprocessors, shared_bytes, compute; /* compute: capability, 90 for 9.0 */
 };
 fad_status get_device(Device *device);
 

@@ -3,6 +3,10 @@
 #include "hopper_kernel.cuh"
 #include "mma_check.cuh"
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
 struct Plan {
     const MmaKernel *kernel;
     const HopperKernel *hopper; /* kernel is its shape; null: a generic one */
@@ -64,14 +68,23 @@ static bool may_spill(const fad_attn_problem *p, const Plan &plan) {
 }
 
 #ifdef FAD_HOPPER
-/* Clusters of so many thread blocks that the device holds at once. */
+/* Clusters of so many thread blocks that the device holds at once. The driver is asked once. */
 static fad_status count_clusters(const MmaKernel &kernel, const Device &device, int blocks, int *count) {
-    const void *run = (const void *)kernel.run;
+    static std::mutex lock;
+    static std::map<std::tuple<int, const void *, int>, int> counts;
+    const void *const run = (const void *)kernel.run;
+    const std::lock_guard<std::mutex> guard(lock);
+    const auto known = counts.find({device.id, run, blocks});
+    if (known != counts.end()) {
+        *count = known->second;
+        return FAD_OK;
+    }
     cudaLaunchAttribute attribute = cluster_of(blocks);
     cudaLaunchConfig_t config = {
         (unsigned)blocks, (unsigned)kernel.threads, kernel.shared_bytes, nullptr, &attribute, 1};
     TRY_CUDA(cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes));
     TRY_CUDA(cudaOccupancyMaxActiveClusters(count, run, &config));
+    counts[{device.id, run, blocks}] = *count;
     return FAD_OK;
 }
 

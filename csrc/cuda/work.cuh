@@ -37,7 +37,7 @@ struct Work {
     int64_t n_items, n_tiles, item_splits, n_splits;
     unsigned long long *counter;
     void *rest;            /* where a thread block's running O rests between splits */
-    fad_partials partials; /* null unless splits are spilled: items are runs of them */
+    fad_partials partials; /* null unless the states of splits are spilled */
     bool keys_by_warp;     /* keys are in pages that the copy engine does not serve */
     ScoreRule rule;
     DenseWork dense;

@@ -171,7 +171,9 @@ def _prefill() -> Iterator[CudaCase]:
 def _decode() -> Iterator[CudaCase]:
     quick = ((1, 32, 8, 4096, 128), (1, 32, 8, 32768, 128), (32, 32, 8, 8192, 128))
     for shape in (
+        (1, 32, 8, 512, 128),
         (1, 32, 8, 1024, 128),
+        (1, 32, 8, 2048, 128),
         (1, 32, 8, 4096, 128),
         (1, 32, 8, 16384, 128),
         (1, 32, 8, 32768, 128),
@@ -189,7 +191,7 @@ def _decode() -> Iterator[CudaCase]:
 
 
 def _paged() -> Iterator[CudaCase]:
-    for (B, L), page_size in product(((8, 8192), (64, 2048), (1, 32768)), (1, 16, 64)):
+    for (B, L), page_size in product(((1, 1024), (1, 4096), (8, 8192), (64, 2048), (1, 32768)), (1, 16, 64)):
         quick = (B, page_size) == (8, 16)
         yield CudaCase("paged", "bfloat16", B, 1, L, 32, 8, 128, False, replay=True, page_size=page_size, quick=quick)
 

@@ -63,7 +63,8 @@ def hopper():
 
 
 def cluster():
-    """Of many thread blocks, and with a larger batch of few; where not spilled, clusters fold two or three splits."""
+    """Of many thread blocks, and with a larger batch of few; where not spilled, clusters fold two or three splits
+    if they can."""
     for B, split_size in product((1, 16), (SPLIT, 384, 1024)):
         forward("cluster", 16, 3, B=B, split_size=split_size, folded=None)
 

@@ -13,7 +13,7 @@
 #include <cstring>
 #include <map>
 
-int calls_of[DECODE_KERNELS];
+int calls_of[DECODE_KERNELS], folding_calls;
 
 static void must(fad_status status) {
     if (status != FAD_OK)
@@ -132,6 +132,8 @@ int main(int argc, char **argv) {
     const char *const kernels[] = {"by warps", "by engine", "large clusters", "small clusters"};
     for (int i = 0; i < DECODE_KERNELS && few; i++)
         printf("%s: %d calls\n", kernels[i], calls_of[i]);
+    if (few)
+        printf("folding clusters: %d calls\n", folding_calls);
     printf("%d of %d calls failed\n", failed, ran);
     return failed > 0;
 }

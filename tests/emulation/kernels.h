@@ -6,7 +6,7 @@
 
 /* For few rows, with the keys copied by warps or by the copy engine, or clusters of many or of few thread blocks. */
 enum DecodeKernel { BY_WARPS, BY_ENGINE, LARGE_CLUSTERS, SMALL_CLUSTERS, DECODE_KERNELS };
-extern int calls_of[DECODE_KERNELS]; /* that each has served so far */
+extern int calls_of[DECODE_KERNELS], folding_calls; /* that each has served so far; of clusters that folded splits */
 
 struct Launch {
     fad_partials partials; /* null: out and lse are wanted */
