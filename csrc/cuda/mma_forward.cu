@@ -3,10 +3,6 @@
 #include "hopper_kernel.cuh"
 #include "mma_check.cuh"
 
-#include <map>
-#include <mutex>
-#include <tuple>
-
 struct Plan {
     const MmaKernel *kernel;
     const HopperKernel *hopper; /* kernel is its shape; null: a generic one */
@@ -67,80 +63,16 @@ static bool may_spill(const fad_attn_problem *p, const Plan &plan) {
     return !p->cu_seqlens_q && plan.n_splits > 1 && (forced ? forced == 2 : states <= keys);
 }
 
-#ifdef FAD_HOPPER
-/* Clusters of so many thread blocks that the device holds at once. The driver is asked once. */
-static fad_status count_clusters(const MmaKernel &kernel, const Device &device, int blocks, int *count) {
-    static std::mutex lock;
-    static std::map<std::tuple<int, const void *, int>, int> counts;
-    const void *const run = (const void *)kernel.run;
-    const std::lock_guard<std::mutex> guard(lock);
-    const auto known = counts.find({device.id, run, blocks});
-    if (known != counts.end()) {
-        *count = known->second;
-        return FAD_OK;
-    }
-    cudaLaunchAttribute attribute = cluster_of(blocks);
-    cudaLaunchConfig_t config = {
-        (unsigned)blocks, (unsigned)kernel.threads, kernel.shared_bytes, nullptr, &attribute, 1};
-    TRY_CUDA(cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes));
-    TRY_CUDA(cudaOccupancyMaxActiveClusters(count, run, &config));
-    counts[{device.id, run, blocks}] = *count;
-    return FAD_OK;
-}
-
-/* Whether such clusters can have all splits of a tile: those of all tiles at once. */
-static fad_status can_fold(const fad_attn_problem *p, const Plan &plan, const MmaKernel &kernel, bool *can) {
-    const fad_schedule *forced = fad_core->forced_schedule();
-    int clusters = 0;
-    *can = plan.n_splits > 1 && plan.n_splits <= kernel.splits && !plan.states && forced->split_parallel != 2;
-    if (!*can || forced->kernel)
-        return FAD_OK;
-    TRY(count_clusters(kernel, plan.device, (int)plan.n_splits * kernel.ranks, &clusters));
-    *can = tile_bound(*p, kernel.rows) <= clusters;
-    return FAD_OK;
-}
-
-/* Whether splits are so long, and so few, that such clusters pay: each has multiprocessors of its own, pairs all that there
- * are, larger ones not quite. */
-static bool clusters_pay(const fad_attn_problem *p, const Plan &plan, const MmaKernel &kernel) {
-    const int64_t blocks = tile_bound(*p, kernel.rows) * plan.n_splits * kernel.ranks,
-                  keys = min(p->Sk, p->split_size); /* of a split */
-    const bool many = kernel.ranks > 2, room = blocks <= plan.device.multiprocessors * (many ? 7 : 8) / 8;
-    return room && (keys >= CLUSTER_KEYS * (many ? 3 : 5) / 8 || fad_core->forced_schedule()->kernel);
-}
-#endif
-
-/* The kernel whose clusters share splits, where that is possible and pays: the first of those that fold them, or else of those
- * that do not. Else null. */
+/* A kernel whose clusters share splits, if that is possible and pays, else null. */
 static fad_status choose_cluster(const fad_attn_problem *p, Plan *plan) {
     plan->kernel = nullptr;
     plan->cluster_splits = 1;
 #ifdef FAD_HOPPER
     const fad_schedule *forced = fad_core->forced_schedule();
     const bool few = (forced->tile_rows ? forced->tile_rows : typical_rows(p)) <= DECODE_ROWS,
-               fits = p->split_size <= CLUSTER_KEYS || (p->Sk <= CLUSTER_KEYS && !p->k_pos),
                wanted = forced->kernel == 0 || forced->kernel == 3;
-    if (plan->device.compute != 90 || !wanted || !few || !fits || !(plan->n_splits == 1 || may_spill(p, *plan)))
-        return FAD_OK;
-    const bool bf16 = p->dtype == FAD_BFLOAT16;
-    const MmaKernels tables[] = {bf16 ? hopper_cluster_fold_bf16() : hopper_cluster_fold_fp16(),
-                                 bf16 ? hopper_cluster_bf16() : hopper_cluster_fp16()};
-    const int64_t dims = max(p->D, p->Dv);
-    for (const MmaKernels &table : tables)
-        for (const MmaKernel *k = table.begin; k < table.end; k++) {
-            const bool narrowest = k->dims >= dims && (k->dims == 64 || k->dims / 2 < dims),
-                       serves = narrowest && k->pages == !!p->block_table, pays = clusters_pay(p, *plan, *k);
-            bool can = serves && (pays || forced->kernel);
-            if (can && k->splits)
-                TRY(can_fold(p, *plan, *k, &can));
-            if (!can)
-                continue;
-            plan->kernel = k;
-            if (k->splits)
-                plan->cluster_splits = (int)plan->n_splits;
-            if (k->splits || pays) /* else, if forced, the last will do */
-                return FAD_OK;
-        }
+    if (plan->device.compute == 90 && wanted && few && (plan->n_splits == 1 || may_spill(p, *plan)))
+        return find_cluster(p, plan->device, plan->n_splits, plan->states, &plan->kernel, &plan->cluster_splits);
 #else
     (void)p;
 #endif
