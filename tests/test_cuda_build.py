@@ -456,3 +456,60 @@ def test_items_of_dense_calls_are_found_as_others_are(tmp_path):
 )
 def test_items_that_are_found_wrong_are_noticed(tmp_path, change):
     assert find_items(tmp_path, change).returncode == 1
+
+
+@pytest.fixture(scope="module")
+def choose_clusters(tmp_path_factory):
+    """Answers what clusters a decode has on 132 multiprocessors: tests/cuda/choose_clusters.cu."""
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"]))
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    source = Path(__file__).parent / "cuda" / "choose_clusters.cu"
+    program = tmp_path_factory.mktemp("clusters") / source.stem
+    subprocess.run([nvcc, "-std=c++17", "-w", "-DFAD_HOPPER", "-arch=sm_90", source, "-o", program], check=True)
+
+    def answer(B, Hq, Hk, L, D, held=16, page_size=0, states=0, kernel=0, split_parallel=0):
+        command = [program, *map(str, (held, states, kernel, split_parallel, B, Hq, Hk, L, D, page_size))]
+        return tuple(map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()))
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("call", "ranks", "splits"),
+    [
+        ((1, 32, 8, 256, 128), 0, 1),  # too short
+        ((1, 32, 8, 512, 128), 4, 1),
+        ((1, 32, 8, 1024, 128), 4, 1),
+        ((1, 32, 8, 2048, 128), 4, 2),  # all that a cluster of eight can have
+        ((1, 32, 8, 3072, 128), 2, 3),
+        ((1, 32, 8, 4096, 128), 2, 4),
+        ((1, 32, 8, 5000, 128), 2, 1),  # five splits: spilled
+        ((8, 32, 8, 1024, 128), 2, 1),
+        ((9, 32, 8, 1024, 128), 0, 1),  # more thread blocks than multiprocessors
+        ((2, 32, 8, 4096, 128), 2, 4),
+        ((1, 14, 2, 500, 64), 4, 1),
+        ((1, 14, 2, 2048, 64), 4, 2),
+        ((1, 14, 2, 4096, 64), 2, 4),
+        ((1, 16, 8, 1024, 256), 8, 1),
+        ((2, 16, 8, 1024, 256), 4, 1),
+        ((1, 16, 8, 2048, 256), 4, 2),
+    ],
+)
+def test_clusters_are_chosen_by_how_many_fit(choose_clusters, call, ranks, splits):
+    """ranks: thread blocks that share a split; splits: of a cluster. The driver is asked once for every kernel that
+    might fold."""
+    for page_size in (0, 16):
+        *chosen, pages, asked = choose_clusters(*call, page_size=page_size)
+        assert chosen == [ranks, splits]
+        assert pages == (page_size > 0 and ranks > 0)
+        assert asked == (splits > 1)
+
+
+def test_clusters_fold_only_if_all_run_at_once_and_no_states_are_wanted(choose_clusters):
+    call = (1, 32, 8, 2048, 128)
+    assert choose_clusters(*call, held=8) == (4, 2, 0, 1)
+    assert choose_clusters(*call, held=7) == (4, 1, 0, 2)  # nor do pairs
+    assert choose_clusters(*call, states=1) == choose_clusters(*call, split_parallel=2) == (4, 1, 0, 0)
+    assert choose_clusters(*call, held=0, kernel=3) == (4, 2, 0, 0)
+    assert choose_clusters(9, 32, 8, 300, 128, kernel=3) == (2, 1, 0, 0)
