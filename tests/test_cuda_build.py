@@ -478,8 +478,10 @@ def choose_clusters(tmp_path_factory):
 @pytest.mark.parametrize(
     ("call", "ranks", "splits"),
     [
-        ((1, 32, 8, 256, 128), 0, 1),  # too short
-        ((1, 32, 8, 512, 128), 4, 1),
+        ((1, 32, 8, 383, 128), 0, 1),  # too short
+        ((1, 32, 8, 384, 128), 4, 1),
+        ((4, 32, 8, 639, 128), 0, 1),
+        ((4, 32, 8, 640, 128), 2, 1),
         ((1, 32, 8, 1024, 128), 4, 1),
         ((1, 32, 8, 2048, 128), 4, 2),  # all that a cluster of eight can have
         ((1, 32, 8, 3072, 128), 2, 3),
@@ -500,16 +502,16 @@ def test_clusters_are_chosen_by_how_many_fit(choose_clusters, call, ranks, split
     """ranks: thread blocks that share a split; splits: of a cluster. The driver is asked once for every kernel that
     might fold."""
     for page_size in (0, 16):
-        *chosen, pages, asked = choose_clusters(*call, page_size=page_size)
+        *chosen, pages, asked, blocks = choose_clusters(*call, page_size=page_size)
         assert chosen == [ranks, splits]
         assert pages == (page_size > 0 and ranks > 0)
-        assert asked == (splits > 1)
+        assert (asked, blocks) == ((1, ranks * splits) if splits > 1 else (0, 0))
 
 
 def test_clusters_fold_only_if_all_run_at_once_and_no_states_are_wanted(choose_clusters):
     call = (1, 32, 8, 2048, 128)
-    assert choose_clusters(*call, held=8) == (4, 2, 0, 1)
-    assert choose_clusters(*call, held=7) == (4, 1, 0, 2)  # nor do pairs
-    assert choose_clusters(*call, states=1) == choose_clusters(*call, split_parallel=2) == (4, 1, 0, 0)
-    assert choose_clusters(*call, held=0, kernel=3) == (4, 2, 0, 0)
-    assert choose_clusters(9, 32, 8, 300, 128, kernel=3) == (2, 1, 0, 0)
+    assert choose_clusters(*call, held=8) == (4, 2, 0, 1, 8)
+    assert choose_clusters(*call, held=7) == (4, 1, 0, 2, 4)  # nor do pairs
+    assert choose_clusters(*call, states=1) == choose_clusters(*call, split_parallel=2) == (4, 1, 0, 0, 0)
+    assert choose_clusters(*call, held=0, kernel=3) == (4, 2, 0, 0, 0)
+    assert choose_clusters(9, 32, 8, 300, 128, kernel=3) == (2, 1, 0, 0, 0)

@@ -124,7 +124,7 @@ DECODE_MISTAKES = {
     "less of P than is waited for": (CLUSTER, "if (lane / 4 < n_rows)", "if (lane / 4 < n_rows - 1)", "128"),
     "the second half of V before it is there": (
         CLUSTER,
-        "            if (b + 1 == CLUSTER_BLOCKS / 2)\n                barrier_wait(sm.second_there, 0);\n",
+        "            if (b + 1 == CLUSTER_KEY_BLOCKS / 2)\n                barrier_wait(sm.second_there, 0);\n",
         "",
         "128",
     ),

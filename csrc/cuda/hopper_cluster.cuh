@@ -1,9 +1,10 @@
 /* The split-KV kernel of compute capability 9.0 for calls with too few splits to fill the device: a cluster of thread blocks
  * shares one split of up to 1024 keys, or has all splits of a tile.
  *
- * Each thread block computes S and P of its share of a split's keys, and O of 16 to 64 dims over all of them: O is a chain over the
- * keys, but one for each dim. So nearly all of K and V is asked for at once, and a split has two exchanges, of references
- * and of P, which a thread block writes into the shared memory of all. */
+ * Each thread block computes S and P of its share of a split's keys, and O of 16 to 64 dims over all of them: O is a chain
+ * over the keys, but one for each dim. So nearly all of K and V is asked for at once, and a split has two exchanges, of
+ * references and of P, which its thread blocks write into the shared memory of each other. Splits that are folded have a
+ * third, of states. */
 #ifndef FAD_CUDA_HOPPER_CLUSTER_CUH
 #define FAD_CUDA_HOPPER_CLUSTER_CUH
 
@@ -27,7 +28,7 @@ template <class S> struct ClusterThread {
 
     /* ---- what comes from memory ---- */
 
-    /* Where the keys lie that a warp copies from pages, from number `first` on: asked for all at once, because memory is late. */
+    /* Where the keys lie that a warp copies from pages, from number `first` on: asked for all at once, as memory is late. */
     template <int N> __device__ __forceinline__ void find(PagePlace (&found)[N], const Keys &keys, int first) const {
 #pragma unroll
         for (int i = 0; i < N; i++)
@@ -112,7 +113,7 @@ template <class S> struct ClusterThread {
         return best;
     }
 
-    /* References, and this thread block's share of P, to the whole cluster. */
+    /* References, and this thread block's share of P, to all of the split. */
     __device__ __forceinline__ void share_probabilities(const ValuePlaces &second) {
         const int unit = (rank * CLUSTER_WARPS + warp) * S::UNITS, block = unit / BLOCK_UNITS;
         UnitScores<S::T, S::CHUNKS, S::UNITS> units;
@@ -141,11 +142,11 @@ template <class S> struct ClusterThread {
         /* They may be read, and K of every thread block be overwritten: a reference is computed from all of K that its warp
          * reads, so that whoever has all of them knows that it has been read. */
         barrier_wait_cluster(sm.references_there, 0);
-        static_assert(CLUSTER_WARPS == CLUSTER_BLOCKS, "every warp finds the factors of one block");
+        static_assert(CLUSTER_WARPS == CLUSTER_KEY_BLOCKS, "every warp finds the factors of one block");
         /* mine: the reference of this warp's keys; from, to: those before and after block number `warp` */
         float next = FAD_F32_SENTINEL, mine = 0, from = 0, to = 0;
 #pragma unroll
-        for (int b = 0; b < CLUSTER_BLOCKS; b++) {
+        for (int b = 0; b < CLUSTER_KEY_BLOCKS; b++) {
             m = next;
             next = advance(m, b);
             mine = b == block ? next : mine;
@@ -172,7 +173,7 @@ template <class S> struct ClusterThread {
     /* ---- O and l ---- */
 
     __device__ __forceinline__ void wait_for_second(int block) const {
-        if (block >= CLUSTER_BLOCKS / 2)
+        if (block >= CLUSTER_KEY_BLOCKS / 2)
             barrier_wait(sm.second_there, 0);
     }
 
@@ -225,10 +226,10 @@ template <class S> struct ClusterThread {
         for (int u = 0; u < BLOCK_UNITS; u++)
             fetch(f[0], 0, u);
 #pragma unroll
-        for (int b = 0; b < CLUSTER_BLOCKS; b++) {
+        for (int b = 0; b < CLUSTER_KEY_BLOCKS; b++) {
             if (b >= blocks)
                 break;
-            if (b + 1 == CLUSTER_BLOCKS / 2)
+            if (b + 1 == CLUSTER_KEY_BLOCKS / 2)
                 barrier_wait(sm.second_there, 0);
             const Fragments &now = f[b % 2];
 #pragma unroll
@@ -241,7 +242,7 @@ template <class S> struct ClusterThread {
                     const unsigned *const v = &now.v[(u * S::TILES + n) / 2][(u * S::TILES + n) % 2 * 2];
                     mma_step<S::T>(o[n], {now.p[u].x, now.p[u].y, now.p[u].z, now.p[u].w}, v[0], v[1]);
                 }
-                if (b + 1 < CLUSTER_BLOCKS)
+                if (b + 1 < CLUSTER_KEY_BLOCKS)
                     fetch(f[(b + 1) % 2], b + 1, u); /* past the last: never used */
                 __syncwarp();                        /* or the compiler puts it off until its use */
             }

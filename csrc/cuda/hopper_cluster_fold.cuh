@@ -1,4 +1,4 @@
-/* N8 within a cluster that has all splits of a tile: the thread blocks of each split send its state to those of the first. */
+/* N8 in a cluster that has all splits of a tile: the thread blocks of each split send its state to those of the first. */
 #ifndef FAD_CUDA_HOPPER_CLUSTER_FOLD_CUH
 #define FAD_CUDA_HOPPER_CLUSTER_FOLD_CUH
 

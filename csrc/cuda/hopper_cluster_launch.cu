@@ -9,7 +9,7 @@ struct ClusterCount {
 };
 /* Those that the driver has been asked for, which takes it a while; any thread adds to them. What does not fit is asked for
  * again. */
-static ClusterCount cluster_counts[256];
+static ClusterCount cluster_counts[1024];
 static int n_cluster_counts;
 
 static const ClusterCount *find_count(const void *kernel, int device, int blocks) {
@@ -25,8 +25,10 @@ static const ClusterCount *find_count(const void *kernel, int device, int blocks
 
 static void add_count(const void *kernel, int device, int blocks, int count) {
     constexpr int MOST = sizeof cluster_counts / sizeof *cluster_counts;
+    if (__atomic_load_n(&n_cluster_counts, __ATOMIC_RELAXED) >= MOST)
+        return;
     const int at = __atomic_fetch_add(&n_cluster_counts, 1, __ATOMIC_RELAXED);
-    if ((unsigned)at >= MOST)
+    if (at >= MOST)
         return;
     ClusterCount &added = cluster_counts[at];
     added.device = device, added.blocks = blocks, added.count = count;
@@ -62,8 +64,8 @@ static fad_status can_fold(const fad_attn_problem *p, const Device &device, int6
     return FAD_OK;
 }
 
-/* Whether splits are so long, and so few, that such clusters pay: each has multiprocessors of its own, pairs all that there
- * are, larger ones not quite. */
+/* Whether splits are so long, and so few, that such clusters pay: each thread block has a multiprocessor of its own. Two of
+ * a split fit everywhere; more leave some idle, while others would have to take two. */
 static bool clusters_pay(const fad_attn_problem *p, const Device &device, int64_t n_splits, const MmaKernel &kernel) {
     const int64_t blocks = tile_bound(*p, kernel.rows) * n_splits * kernel.ranks,
                   keys = min(p->Sk, p->split_size); /* of a split */
@@ -78,6 +80,7 @@ fad_status find_cluster(const fad_attn_problem *p, const Device &device, int64_t
     const MmaKernels tables[] = {bf16 ? hopper_cluster_fold_bf16() : hopper_cluster_fold_fp16(),
                                  bf16 ? hopper_cluster_bf16() : hopper_cluster_fp16()};
     const int64_t dims = max(p->D, p->Dv);
+    /* with k_pos a sequence may touch two splits that are longer than itself */
     if (p->split_size > CLUSTER_KEYS && (p->Sk > CLUSTER_KEYS || p->k_pos))
         return FAD_OK;
     for (const MmaKernels &table : tables)

@@ -23,11 +23,11 @@ template <fad_dtype T_, int D_, int DIMS_, bool PAGES_, bool FOLDS_> struct Clus
     static constexpr int VALUE_WARPS = DIM_CHUNKS < 4 ? DIM_CHUNKS : 4;
     static constexpr int TILES = DIM_CHUNKS / VALUE_WARPS; /* n8 tiles of O that are a value warp's */
     static constexpr int RANKS = D / DIMS;                 /* thread blocks that share a split */
-    static constexpr int SPLITS = FOLDS ? CLUSTER_MOST / RANKS : 1;
+    static constexpr int SPLITS = FOLDS ? CLUSTER_THREAD_BLOCKS / RANKS : 1;
     static constexpr int KEYS = CLUSTER_KEYS / RANKS;              /* a thread block's share of S */
     static constexpr int UNITS = KEYS / UNIT_KEYS / CLUSTER_WARPS; /* a warp's share of them */
     static constexpr int PARTS = BLOCK_UNITS / UNITS;              /* warps that share a block */
-    static constexpr int ALL_PARTS = CLUSTER_BLOCKS * PARTS;       /* warps of the split */
+    static constexpr int ALL_PARTS = CLUSTER_KEY_BLOCKS * PARTS;   /* warps of the split */
     static constexpr int HALF_BYTES = HALF_KEYS * DIMS * 2;        /* of half of V */
     static constexpr int RESIDENT = DIMS <= 32 ? 2 : 1;            /* thread blocks that fit on a multiprocessor */
     static constexpr int COPY_KEYS = KEYS / COPY_WARPS;            /* of K, a copying warp's */
@@ -47,19 +47,20 @@ template <class S> struct ClusterShared {
         float4 o[S::TILES][S::VALUE_WARPS * 32]; /* to be finished */
     };
     float references[DECODE_ROWS][S::ALL_PARTS + 4]; /* of the largest score, of every warp; rows in different banks */
-    float alpha[CLUSTER_BLOCKS][DECODE_ROWS]; /* N6: what O and l are multiplied by before each block but the first */
+    float alpha[CLUSTER_KEY_BLOCKS]
+               [DECODE_ROWS]; /* N6: what O and l are multiplied by before each block but the first */
     float l[DECODE_ROWS];
     SplitState<S::TILES, S::VALUE_WARPS * 32>
         sent[S::FOLDS ? S::SPLITS - 1 : 1]; /* to the first split, by the others */
     RowTable<DECODE_ROWS> rows;
     Tile t;
     KeyRange range;
-    /* References and P of all thread blocks may be read; the second half of V may; states may. Each is used once. */
+    /* References and P of the split's thread blocks may be read; the second half of V may; states may. Each is used once. */
     MemoryBarrier references_there, p_there, second_there, sent_there;
 
     /* This thread block's dims of the values of a block. */
     __device__ __forceinline__ const char *values(int block) const {
-        constexpr int HALF = CLUSTER_BLOCKS / 2;
+        constexpr int HALF = CLUSTER_KEY_BLOCKS / 2;
         return (block < HALF ? first : second) + block % HALF * BLOCK_KEYS * S::DIMS * 2;
     }
 };

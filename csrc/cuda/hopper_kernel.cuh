@@ -36,8 +36,8 @@ FAD_FN bool pages_by_engine(const fad_attn_problem &p, const HopperKernel &kerne
 
 /* The kernel for a call's head dims and this many rows of a sequence. */
 const HopperKernel *find_hopper_kernel(const fad_attn_problem *p, int64_t rows);
-/* A kernel whose clusters share splits, of few rows, and how many each cluster has, if that is possible and pays. states: of splits
- * are wanted, not out. */
+/* Of few rows: a kernel whose clusters share splits, and how many each cluster has, if that is possible and pays; else both
+ * stay as they are. states: of splits are wanted, not out. */
 fad_status find_cluster(const fad_attn_problem *p, const Device &device, int64_t n_splits, bool states,
                         const MmaKernel **kernel, int *splits);
 /* K and V for the copy engine; false: it cannot address them. */

@@ -194,7 +194,7 @@ static fad_status run(const fad_attn_problem *p, const Plan &plan, Work work, co
 /* Runs of splits of every tile. */
 static fad_status run_splits(const fad_attn_problem *p, const Plan &plan, const fad_partials &partials,
                              int64_t n_splits, const fad_runtime *runtime) {
-    if (n_splits == 0)
+    if (n_splits == 0) /* make_work() would take it for tiles with all their splits */
         return FAD_OK;
     fad_partials of_splits = partials; /* a sink's state, if there is one, is not the kernel's */
     of_splits.n_splits = n_splits;

@@ -26,9 +26,8 @@ struct MmaKernels {
 template <int N> static MmaKernels list_kernels(const MmaKernel (&table)[N]) { return {table, table + N}; }
 MmaKernels mma_decode_bf16(), mma_decode_fp16(), mma_tile_bf16(), mma_tile_fp16();
 
-/* Kernels whose clusters share a split, with the keys that a split may have, and the thread blocks that a cluster may. Of each
- * head dim those of most ranks first. */
-constexpr int CLUSTER_BLOCKS = 8, CLUSTER_KEYS = CLUSTER_BLOCKS * FAD_MMA_BLOCK_KV, CLUSTER_MOST = 8;
+/* Kernels whose clusters share splits: what a split and a cluster may have. Of each head dim those of most ranks first. */
+constexpr int CLUSTER_KEY_BLOCKS = 8, CLUSTER_KEYS = CLUSTER_KEY_BLOCKS * FAD_MMA_BLOCK_KV, CLUSTER_THREAD_BLOCKS = 8;
 MmaKernels hopper_cluster_bf16(), hopper_cluster_fp16(), hopper_cluster_fold_bf16(), hopper_cluster_fold_fp16();
 
 #endif

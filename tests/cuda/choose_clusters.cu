@@ -3,15 +3,26 @@
  *
  * choose_clusters HELD STATES KERNEL SPLIT_PARALLEL B Hq Hk L D PAGE_SIZE: of one query row on a device of 132
  * multiprocessors that holds HELD clusters, under a forced schedule; PAGE_SIZE 0: no pages. Prints the thread blocks of a
- * split, the splits of a cluster, whether it serves pages, and how often the driver was asked; 0 thread blocks: none. */
+ * split, the splits of a cluster, whether it serves pages, how often the driver was asked, and last for clusters of how many
+ * thread blocks; 0 thread blocks of a split: no cluster. */
 #include <cstdio>
 #include <cstdlib>
 
 #include <cuda_runtime.h>
 
-static int held, asked;
+static int held, asked, of_blocks;
+static cudaError_t answer(int *count, const cudaLaunchConfig_t &config) {
+    const cudaLaunchAttribute &cluster = *config.attrs;
+    if (config.numAttrs != 1 || cluster.id != cudaLaunchAttributeClusterDimension || config.blockDim.x != 256 ||
+        config.dynamicSmemBytes != 1000 || cluster.val.clusterDim.x != config.gridDim.x)
+        return cudaErrorInvalidValue;
+    asked++;
+    of_blocks = (int)config.gridDim.x;
+    *count = held;
+    return cudaSuccess;
+}
 #define cudaFuncSetAttribute(...) cudaSuccess
-#define cudaOccupancyMaxActiveClusters(count, ...) (asked++, *(count) = held, cudaSuccess)
+#define cudaOccupancyMaxActiveClusters(count, kernel, config) answer(count, *(config))
 #include "../../csrc/cuda/hopper_cluster_launch.cu"
 
 static fad_schedule schedule;
@@ -21,13 +32,13 @@ static const fad_core_services services = {fail, forced_schedule, FAD_STRUCT_BYT
 const fad_core_services *fad_core = &services;
 fad_status cuda_status(cudaError_t error, const char *) { return error == cudaSuccess ? FAD_OK : FAD_DEVICE_ERROR; }
 
-/* Head dims, and dims of a thread block, in the order of the library's tables. */
-template <int D, int DIMS, bool PAGES, bool FOLDS> static void kernel(fad_attn_problem, Work) {}
-template <int D, int DIMS, bool FOLDS, bool PAGES> static MmaKernel cluster_of() {
-    constexpr int RANKS = D / DIMS, SPLITS = FOLDS ? CLUSTER_MOST / RANKS : 0;
-    return {DECODE_ROWS, D, 256, false, 0, 0, kernel<D, DIMS, PAGES, FOLDS>, RANKS, PAGES, SPLITS};
+/* Head dims, and dims of a thread block, of each head dim in the order of the library's tables. */
+template <int D, int DIMS, bool FOLDS, bool PAGES> static void kernel(fad_attn_problem, Work) {}
+template <int D, int DIMS, bool FOLDS, bool PAGES> static MmaKernel shape_of() {
+    constexpr int RANKS = D / DIMS, SPLITS = FOLDS ? CLUSTER_THREAD_BLOCKS / RANKS : 0;
+    return {DECODE_ROWS, D, 256, false, 1000, 0, kernel<D, DIMS, FOLDS, PAGES>, RANKS, PAGES, SPLITS};
 }
-#define BOTH(D, DIMS, FOLDS) cluster_of<D, DIMS, FOLDS, false>(), cluster_of<D, DIMS, FOLDS, true>()
+#define BOTH(D, DIMS, FOLDS) shape_of<D, DIMS, FOLDS, false>(), shape_of<D, DIMS, FOLDS, true>()
 static const MmaKernel alone[] = {BOTH(64, 16, false),  BOTH(64, 32, false),  BOTH(128, 32, false),
                                   BOTH(128, 64, false), BOTH(256, 32, false), BOTH(256, 64, false)};
 static const MmaKernel folding[] = {BOTH(64, 16, true), BOTH(64, 32, true), BOTH(128, 32, true), BOTH(128, 64, true),
@@ -58,6 +69,6 @@ int main(int, char **argv) {
         if (find_cluster(&p, device, most_splits(&p), x[1], &found, &splits) != FAD_OK)
             return 1;
     }
-    printf("%d %d %d %d\n", found ? found->ranks : 0, splits, found && found->pages, asked);
+    printf("%d %d %d %d %d\n", found ? found->ranks : 0, splits, found && found->pages, asked, of_blocks);
     return 0;
 }
