@@ -167,7 +167,7 @@ DECODE_MISTAKES = {
         DECODE,
         "keys.find(p, row + FOUND_BOXES * rows)",
         "keys.find(p, row)",
-        "64",
+        "128",
     ),
     "boxes from the pages before": (BOXES, "cache.before = cache.here;", "", "128"),
 }
