@@ -17,9 +17,10 @@ template <class S> struct ClusterThread {
     const fad_attn_problem &p;
     ClusterShared<S> &sm;
     const ScoreRule &rule;
-    const int blocks;                                                /* of keys */
-    const int splits, split;                                         /* that the cluster has; this thread block's */
-    const int base = split * S::RANKS, rank = blockIdx.x % S::RANKS; /* numbers in the cluster; in the split */
+    const int blocks;        /* of keys */
+    const int splits, split; /* that the cluster has; this thread block's */
+    /* Numbers: in the cluster, of the split's first thread block; in the split, of this one. */
+    const int base = split * S::RANKS, rank = blockIdx.x % S::RANKS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first_dim = rank * S::DIMS + warp * S::TILES * 8; /* of O, a value warp's */
     float m;                                                    /* the last reference of row lane % 16 */

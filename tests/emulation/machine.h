@@ -1,6 +1,7 @@
-/* A thread block, or a cluster of them, on a CPU: every CUDA thread is a fiber, and a random scheduler decides who goes on. What
- * is asynchronous on a GPU (the copy engine, wgmma, cp.async, stores to other thread blocks) happens as late as it may, as early, or at random times, so that a buffer
- * that is read too early or written too soon shows in the bits. A state in which nobody can go on is reported. */
+/* A thread block, or a cluster of them, on a CPU: every CUDA thread is a fiber, and a random scheduler decides who goes on.
+ * What is asynchronous on a GPU (the copy engine, wgmma, cp.async, stores to other thread blocks) happens as late as it may, as
+ * early, or at random times, so that a buffer that is read too early or written too soon shows in the bits. A state in which
+ * nobody can go on is reported. */
 #ifndef EMULATION_MACHINE_H
 #define EMULATION_MACHINE_H
 
