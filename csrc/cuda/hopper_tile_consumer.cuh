@@ -202,24 +202,43 @@ template <class S> struct HopperConsumer {
             prefetch_line(lines + (i + lane) * LINE);
     }
 
-    /* N8: folds the split in part and o into those before; the sum is left there. */
-    __device__ __forceinline__ void fold(RowPair &part) {
-        const int lane = opaque_lane();
-        float2 *const totals = &sm.totals[first + lane / 4]; /* of rows g and g + 8 */
-        if (splits > 0) {
-            const float4 *const before = rest(lane);
-            const float2 total = totals[0], total8 = totals[8];
-            fold_into<S::REST_IN_SHARED ? 4 : 8>(
-                {{total.x, total8.x}, {total.y, total8.y}}, [&](int n) { return before[n * REST_STRIDE]; }, part, o);
-        }
-        __syncwarp(); /* totals may be overwritten */
+    /* m and l of rows g and g + 8 of the splits that have ended. */
+    __device__ __forceinline__ float2 *totals(int lane) const { return &sm.totals[first + lane / 4]; }
+    __device__ __forceinline__ RowPair total(int lane) const {
+        const float2 g = totals(lane)[0], g8 = totals(lane)[8];
+        return {{g.x, g8.x}, {g.y, g8.y}};
+    }
+    __device__ __forceinline__ void set_total(int lane, const RowPair &part) const {
+        __syncwarp(); /* they may be overwritten */
         if (lane % 4 == 0) {
-            totals[0] = make_float2(part.m[0], part.l[0]);
-            totals[8] = make_float2(part.m[1], part.l[1]);
+            totals(lane)[0] = make_float2(part.m[0], part.l[0]);
+            totals(lane)[8] = make_float2(part.m[1], part.l[1]);
         }
         __syncwarp(); /* they may be read */
     }
 
+    /* N8: folds the split in part and o into those before; the sum is left there. */
+    __device__ __forceinline__ void fold(RowPair &part) {
+        const int lane = opaque_lane();
+        if (splits > 0) {
+            const float4 *const before = rest(lane);
+            fold_into<4>(total(lane), [&](int n) { return before[n * REST_STRIDE]; }, part, o);
+        }
+        set_total(lane, part);
+    }
+    /* The same; the sum is left at rest, and O is only read, so that scores can be computed meanwhile. */
+    __device__ __forceinline__ void fold_at_rest(RowPair &part) {
+        const int lane = opaque_lane();
+        float4 *const before = rest(lane);
+        if (splits > 0)
+            fold_states<4>(
+                total(lane), [&](int n) { return before[n * REST_STRIDE]; }, part, o,
+                [&](int n, const float4 &sum) { before[n * REST_STRIDE] = sum; });
+        else
+            rest_state(before, REST_STRIDE, o);
+        set_total(lane, part);
+        splits++;
+    }
     /* O, with m and l in part, to out and lse, by way of shared memory, which is the warp's own: where O rests, or else the
      * slots of the values that it met last. */
     __device__ __forceinline__ void write_out(const Tile &t, const RowPair &part, const Slots &values) {
@@ -377,8 +396,11 @@ template <class S> struct HopperConsumer {
             wgmma_wait<1>();
         } else {
             end_values();
-            end_split();
-            scores();
+            scores(); /* while O is dealt with */
+            if (KIND == Kind::SPLIT)
+                fold_at_rest(part);
+            else
+                end_split();
             if (!split_ends)
                 pass_turn();
             finish_products(keys, more);

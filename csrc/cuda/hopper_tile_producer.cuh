@@ -106,7 +106,7 @@ template <class S> struct KeyProducer {
     /* N11: whether there is Inf or NaN among this warp's rows of the values that begin in this slot of the ring. */
     __device__ __forceinline__ void check_values(Ring slot) {
         const int lane = threadIdx.x % 32;
-        unsigned sum = 0; /* of nothing but zeros, or not finite */
+        unsigned sums[4] = {0, 0, 0, 0}; /* of nothing but zeros, or not finite; several, as each waits for itself */
         pages.finish();
 #pragma unroll 1
         for (int part = 0; part < S::PARTS; part++, slot.advance(S::SLOTS)) {
@@ -117,12 +117,14 @@ template <class S> struct KeyProducer {
 #pragma unroll 4
                 for (int at = lane; at < ROWS * 8; at += 32) {
                     const uint4 x = v[at];
-                    sum = add_zero_times<S::T>(add_zero_times<S::T>(sum, x.x), x.y);
-                    sum = add_zero_times<S::T>(add_zero_times<S::T>(sum, x.z), x.w);
+                    sums[0] = add_zero_times<S::T>(sums[0], x.x);
+                    sums[1] = add_zero_times<S::T>(sums[1], x.y);
+                    sums[2] = add_zero_times<S::T>(sums[2], x.z);
+                    sums[3] = add_zero_times<S::T>(sums[3], x.w);
                 }
             }
         }
-        const bool not_finite = __any_sync(~0u, exponents_full<S::T>(sum) != 0);
+        const bool not_finite = __any_sync(~0u, exponents_full<S::T>(sums[0] | sums[1] | sums[2] | sums[3]) != 0);
         if (lane == 0) {
             sm.not_finite[check.index][warp] = not_finite;
             barrier_arrive(sm.check_done[check.index]);

@@ -64,6 +64,45 @@ struct Divisor {
     }
 };
 
+/* The order of tiles: of some heads in turn, the first of each, the second of each, and so on, and then of the next heads.
+ * Heads are the kv heads of a packed sequence, or of all sequences of a dense call. Where later rows see more keys, the first
+ * tiles are the longest of all these heads, and the shortest come last, so that thread blocks that take one tile after the
+ * other end together. All heads at once would do that as well, but drive each other's K and V out of the L2 cache. */
+constexpr int TILES_IN_TURN = 256; /* at least, if there are so many: about two for each multiprocessor */
+FAD_FN int heads_in_turn(const fad_attn_problem &p, int64_t n_heads, int64_t tiles_of_head) {
+    const bool uneven = (p.causal || p.window_right >= 0) && p.window_left < 0;
+    if (!uneven || tiles_of_head >= TILES_IN_TURN || tiles_of_head == 0)
+        return 1;
+    return (int)max(min(n_heads, (TILES_IN_TURN + tiles_of_head - 1) / tiles_of_head), (int64_t)1);
+}
+struct HeadTile {
+    int64_t head, nth; /* its nth tile in this order */
+};
+/* Tile `number` of n_heads. */
+static __device__ HeadTile find_head_tile(const fad_attn_problem &p, int64_t n_heads, int64_t tiles_of_head,
+                                          int64_t number) {
+    const int64_t heads = heads_in_turn(p, n_heads, tiles_of_head),
+                  first = fad_quotient(number, tiles_of_head * heads) * heads, /* of the turn */
+        in_turn = number - first * tiles_of_head, heads_here = min(heads, n_heads - first),
+                  nth = fad_quotient(in_turn, heads_here);
+    return {first + in_turn - nth * heads_here, nth};
+}
+/* The same where 31 bits hold all numbers. */
+struct HeadTiles {
+    int of_head, heads, whole_turns, last_heads; /* tiles of a head; heads of a turn, and of the last if it has fewer */
+    Divisor turn, by_heads, by_last_heads;
+    __host__ HeadTiles(const fad_attn_problem &p, int n_heads, int tiles_of_head)
+        : of_head(tiles_of_head), heads(heads_in_turn(p, n_heads, tiles_of_head)), whole_turns(n_heads / heads),
+          last_heads(n_heads % heads), turn(max(of_head * heads, 1)), by_heads(heads),
+          by_last_heads(max(last_heads, 1)) {}
+    __device__ __forceinline__ void find(int number, int &head, int &nth) const {
+        const int nth_turn = turn.quotient(number), first = nth_turn * heads, in_turn = number - first * of_head;
+        const bool whole = nth_turn < whole_turns;
+        nth = (whole ? by_heads : by_last_heads).quotient(in_turn);
+        head = first + in_turn - nth * (whole ? heads : last_heads);
+    }
+};
+
 /* Tiles that a grid must hold: exact for dense calls, an upper bound for packed ones (each sequence rounds up once). */
 static inline int64_t tile_bound(const fad_attn_problem &p, int rows) {
     const int64_t group = fad_group(&p);
@@ -99,13 +138,12 @@ template <class PerSequence> __device__ int find_sequence(int count, int64_t &nu
  * scarce where this happens. Returns whether it exists. */
 static __device__ bool locate_tile(const fad_attn_problem &p, int rows, int64_t number, Tile &t) {
     const int64_t group = fad_group(&p);
-    int b;
+    const bool dense = !p.cu_seqlens_q;
+    int b = 0;
     int64_t per_head;
-    if (!p.cu_seqlens_q) {
+    if (dense) {
         per_head = fad_quotient(p.Sq * group + rows - 1, rows);
-        b = (int)fad_quotient(number, per_head * p.Hk);
-        number -= b * per_head * p.Hk;
-        if (b >= p.B)
+        if (number >= p.B * p.Hk * per_head)
             b = -1;
     } else {
         auto tiles = [&](int s) {
@@ -118,10 +156,12 @@ static __device__ bool locate_tile(const fad_attn_problem &p, int rows, int64_t 
     if (threadIdx.x % 32 == 0) {
         t.exists = b >= 0;
         if (b >= 0) {
-            const int64_t head_k = fad_quotient(number, per_head);
+            HeadTile tile = find_head_tile(p, dense ? p.B * p.Hk : p.Hk, per_head, number);
+            if (dense)
+                b = (int)fad_quotient(tile.head, p.Hk), tile.head -= b * p.Hk;
             /* last rows first: under a causal mask they are the longest */
-            const int64_t row0 = (per_head - 1 - (number - head_k * per_head)) * rows, i0 = fad_quotient(row0, group);
-            t.head_k = head_k;
+            const int64_t row0 = (per_head - 1 - tile.nth) * rows, i0 = fad_quotient(row0, group);
+            t.head_k = tile.head;
             t.i0 = i0;
             t.g0 = (unsigned)(row0 - i0 * group);
             t.group = (unsigned)group;

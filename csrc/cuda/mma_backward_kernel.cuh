@@ -23,22 +23,17 @@ __device__ inline int64_t first_row_sum(const fad_attn_problem &p, int64_t b, in
 
 /* What a thread block needs to find its tile of keys, as DenseWork, and of the whole call. */
 struct KeyTiles {
-    bool valid; /* is_dense(), and 32 bits hold all numbers */
-    int of_sequence, of_head, group_size;
-    Divisor sequence, head;
+    bool valid;              /* is_dense(), and 32 bits hold all numbers */
+    int n_heads, group_size; /* kv heads of a sequence, query heads of each */
+    HeadTiles order;
+    Divisor heads;
     ScoreRule rule;
 
     __host__ KeyTiles(const fad_attn_problem &p, int keys)
-        : of_sequence(0), of_head(0), group_size((int)fad_group(&p)), sequence(1), head(1), rule(p) {
-        const int64_t tiles = (p.Sk + keys - 1) / keys;
-        valid = is_dense(p) && p.B * p.Hk * tiles < DenseWork::MOST;
-        if (!valid)
-            return;
-        of_head = (int)tiles;
-        of_sequence = (int)(tiles * p.Hk);
-        sequence = Divisor(max(of_sequence, 1));
-        head = Divisor(max(of_head, 1));
-    }
+        : valid(is_dense(p) && max(p.B, (int64_t)1) * p.Hk * ((p.Sk + keys - 1) / keys) < DenseWork::MOST),
+          n_heads(valid ? (int)p.Hk : 1), group_size((int)fad_group(&p)),
+          order(p, valid ? (int)(p.B * p.Hk) : 0, valid ? (int)((p.Sk + keys - 1) / keys) : 0), heads(n_heads),
+          rule(p) {}
 };
 
 /* A tile of query rows is an item of the forward's kind with all of its splits. share_item(), and where the tile's sequence

@@ -57,12 +57,11 @@ static __device__ void locate_keys(const fad_attn_problem &p, const fad_attn_pro
         int64_t first;
         return (fad_owned_rows(p.cu_seqlens_k, p.B, b, p.Sk, &first) + keys - 1) / keys;
     };
-    int64_t b, per_head = 1;
-    if (!p.cu_seqlens_k) {
+    const bool dense = !p.cu_seqlens_k;
+    int64_t b = 0, per_head = 1;
+    if (dense) {
         per_head = tiles(0);
-        b = fad_quotient(number, per_head * p.Hk);
-        number -= b * per_head * p.Hk;
-        if (b >= p.B)
+        if (number >= p.B * p.Hk * per_head)
             b = -1;
     } else {
         b = find_sequence((int)fad_sequence_count(&p), number, [&](int s) { return p.Hk * tiles(s); });
@@ -73,12 +72,14 @@ static __device__ void locate_keys(const fad_attn_problem &p, const fad_attn_pro
         return;
     t.exists = b >= 0;
     if (b >= 0) {
+        HeadTile tile = find_head_tile(p, dense ? p.B * p.Hk : p.Hk, per_head, number);
+        if (dense)
+            b = fad_quotient(tile.head, p.Hk), tile.head -= b * p.Hk;
         int64_t first_owned;
-        const int64_t owned = fad_owned_rows(p.cu_seqlens_k, p.B, b, p.Sk, &first_owned),
-                      head_k = fad_quotient(number, per_head);
+        const int64_t owned = fad_owned_rows(p.cu_seqlens_k, p.B, b, p.Sk, &first_owned);
         t.seq = fad_get_sequence(&p, b);
         t.gradient = fad_get_sequence(&gradient, b);
-        set_key_tile(p, group, keys, owned, first_owned, head_k, (number - head_k * per_head) * keys, t);
+        set_key_tile(p, group, keys, owned, first_owned, tile.head, tile.nth * keys, t);
     }
 }
 
@@ -89,12 +90,13 @@ static __device__ bool share_key_tile(const fad_attn_problem &p, const fad_attn_
         if (threadIdx.x < 32)
             locate_keys(p, gradient, tiles.group_size, keys, blockIdx.x, t);
     } else if (threadIdx.x == 0 || threadIdx.x == 32) {
-        const int b = tiles.sequence.quotient(blockIdx.x), of_sequence = blockIdx.x - b * tiles.of_sequence;
+        int of_batch, nth;
+        tiles.order.find(blockIdx.x, of_batch, nth);
+        const int b = tiles.heads.quotient(of_batch);
         if (threadIdx.x == 0) {
-            const int head_k = tiles.head.quotient(of_sequence);
             t.exists = true;
             t.seq = dense_sequence(p, b);
-            set_key_tile(p, tiles.group_size, keys, p.Sk, 0, head_k, (of_sequence - head_k * tiles.of_head) * keys, t);
+            set_key_tile(p, tiles.group_size, keys, p.Sk, 0, of_batch - b * tiles.n_heads, nth * keys, t);
         } else {
             t.gradient = dense_sequence(gradient, b);
         }

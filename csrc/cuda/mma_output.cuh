@@ -12,10 +12,12 @@ struct RowPair {
     float m[2], l[2];
 };
 
-/* N8: folds the state before, whose O is rest(n) for n8 tile n, and the split in part and o; the sum is left there. The
- * loads of AT_ONCE n8 tiles are on their way together: many where they come from far away, few where registers are. */
-template <int AT_ONCE, int N, class Rest>
-static __device__ __forceinline__ void fold_into(const RowPair &before, Rest rest, RowPair &part, float (&o)[N][4]) {
+/* N8: folds the state before, whose O is rest(n) for n8 tile n, and the split in part and o: m and l are left in part, O goes
+ * to to(n, values). The loads of AT_ONCE n8 tiles are on their way together: many where they come from far away, few where
+ * registers are. */
+template <int AT_ONCE, int N, class Rest, class To>
+static __device__ __forceinline__ void fold_states(const RowPair &before, Rest rest, RowPair &part,
+                                                   const float (&o)[N][4], To to) {
     static_assert(N % AT_ONCE == 0, "whole turns");
     float a[2], b[2];
 #pragma unroll
@@ -35,13 +37,18 @@ static __device__ __forceinline__ void fold_into(const RowPair &before, Rest res
         __syncwarp(); /* or the compiler asks for more at once, and spills */
 #pragma unroll
         for (int n = 0; n < AT_ONCE; n++) {
-            float (&x)[4] = o[first + n];
-            x[0] = fad_f32_fold(r[n].x, a[0], x[0], b[0]);
-            x[1] = fad_f32_fold(r[n].y, a[0], x[1], b[0]);
-            x[2] = fad_f32_fold(r[n].z, a[1], x[2], b[1]);
-            x[3] = fad_f32_fold(r[n].w, a[1], x[3], b[1]);
+            const float (&x)[4] = o[first + n];
+            to(first + n, make_float4(fad_f32_fold(r[n].x, a[0], x[0], b[0]), fad_f32_fold(r[n].y, a[0], x[1], b[0]),
+                                      fad_f32_fold(r[n].z, a[1], x[2], b[1]), fad_f32_fold(r[n].w, a[1], x[3], b[1])));
         }
     }
+}
+/* The same; the sum is left in o. */
+template <int AT_ONCE, int N, class Rest>
+static __device__ __forceinline__ void fold_into(const RowPair &before, Rest rest, RowPair &part, float (&o)[N][4]) {
+    fold_states<AT_ONCE>(before, rest, part, o, [&](int n, const float4 &sum) {
+        o[n][0] = sum.x, o[n][1] = sum.y, o[n][2] = sum.z, o[n][3] = sum.w;
+    });
 }
 template <int N> static __device__ __forceinline__ void rest_state(float4 *rest, int stride, const float (&o)[N][4]) {
 #pragma unroll

@@ -13,19 +13,21 @@ static inline bool is_dense(const fad_attn_problem &p) { return !p.cu_seqlens_q 
  * block, which come from memory. */
 struct DenseWork {
     bool valid; /* is_dense(), and 32 bits hold all numbers */
-    int n_tiles, sequence_tiles, head_tiles, item_splits, group_size;
-    Divisor tiles, sequence, head, group, split;
+    int n_tiles, head_tiles, item_splits, group_size;
+    int n_heads; /* kv heads of a sequence */
+    HeadTiles order;
+    Divisor tiles, heads, group, split;
     int left, right, split_keys; /* as in fad_attn_problem; unbounded is more than any sequence */
 
     static constexpr int64_t MOST = INT64_C(1) << 29;
     static int bounded(int64_t x) { return x < 0 || x > MOST ? (int)MOST : (int)x; }
 
     __host__ DenseWork(const fad_attn_problem &p, int rows, int64_t n_items, int64_t tiles_, int64_t item_splits_)
-        : n_tiles(bounded(tiles_)), sequence_tiles(n_tiles / (int)max(p.B, (int64_t)1)),
-          head_tiles(sequence_tiles / (int)max(p.Hk, (int64_t)1)), item_splits(bounded(item_splits_)),
-          group_size(bounded(fad_group(&p))), tiles(max(n_tiles, 1)), sequence(max(sequence_tiles, 1)),
-          head(max(head_tiles, 1)), group(group_size), split(bounded(p.split_size)), left(bounded(p.window_left)),
-          right(p.causal ? 0 : bounded(p.window_right)), split_keys(bounded(p.split_size)) {
+        : n_tiles(bounded(tiles_)), head_tiles((int)(n_tiles / max(p.B * p.Hk, (int64_t)1))), n_heads(bounded(p.Hk)),
+          item_splits(bounded(item_splits_)), group_size(bounded(fad_group(&p))),
+          order(p, bounded(p.B * p.Hk), head_tiles), tiles(max(n_tiles, 1)), heads(max(n_heads, 1)), group(group_size),
+          split(bounded(p.split_size)), left(bounded(p.window_left)), right(p.causal ? 0 : bounded(p.window_right)),
+          split_keys(bounded(p.split_size)) {
         valid = is_dense(p) && n_items < MOST && p.Sk < MOST && p.Sq * fad_group(&p) + rows < MOST;
     }
 };
@@ -123,10 +125,11 @@ struct DenseItem {
     __device__ __forceinline__ DenseItem(const DenseWork &dense, int rows, unsigned number) {
         nth = dense.tiles.quotient(number);
         const unsigned tile = number - nth * dense.n_tiles;
-        b = dense.sequence.quotient(tile);
-        const unsigned of_sequence = tile - b * dense.sequence_tiles;
-        head = dense.head.quotient(of_sequence);
-        row0 = (dense.head_tiles - 1 - (int)(of_sequence - head * dense.head_tiles)) * rows; /* as in locate_tile */
+        int of_batch, nth_tile;
+        dense.order.find((int)tile, of_batch, nth_tile);
+        b = dense.heads.quotient(of_batch);
+        head = of_batch - b * dense.n_heads;
+        row0 = (dense.head_tiles - 1 - nth_tile) * rows; /* as in locate_tile */
     }
 };
 

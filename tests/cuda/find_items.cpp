@@ -1,13 +1,16 @@
 /* The two ways to find an item (csrc/cuda/work.cuh), on a CPU: DenseWork's must agree with the general one, of random dense
- * calls with every mask, length and split. A thread of a GPU is a call here: dense calls need no other lane.
+ * calls with every mask, length and split, and no tile may be found twice. A thread of a GPU is a call here: dense calls need
+ * no other lane.
  *
  * find_items [calls]: prints what it compared, or the first difference, and then exits with 1. */
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <set>
 #include <type_traits>
 #include <vector>
 
@@ -93,6 +96,17 @@ static void compare(const Item &a, const Item &b, bool endless) {
     }
 }
 
+/* Every tile is found once. */
+static void compare_tiles(const fad_attn_problem &p, const Work &work, int rows, int64_t tiles) {
+    std::set<std::array<int64_t, 4>> found;
+    for (int64_t number = 0; number < tiles; number++) {
+        const Tile t = Item(p, work, rows, number).t;
+        found.insert({t.seq.index, t.head_k, t.i0, t.g0});
+    }
+    if ((int64_t)found.size() != tiles)
+        differs("tiles", (int64_t)found.size(), tiles);
+}
+
 /* Some items of a random call. */
 static int compare_call() {
     fad_attn_problem p;
@@ -135,6 +149,8 @@ static int compare_call() {
         const int64_t number = pick(0, items - 1);
         compare(Item(p, general, rows, number), Item(p, dense, rows, number), p.split_size > DenseWork::MOST / 2);
     }
+    if (one_in(20))
+        compare_tiles(p, dense, rows, tiles);
     return count;
 }
 
