@@ -8,9 +8,10 @@
 
 /* The 64 rows of a warpgroup; a warp has 16 of them.
  *
- * Blocks of keys follow each other without a gap, those of one item behind those of the one before: a step adds the values
- * of one block while it computes the scores and probabilities of the next. The first step has no block, and the last one
- * no next; they compute with what lies in shared memory, and nobody asks for the result. */
+ * A step adds the values of one block of keys while it computes the scores and probabilities of the next. The first step of
+ * an item has no block: its values are whatever lies in shared memory, and nobody asks for the sum. The last block's values
+ * are added where the item ends. So all softmax is done by the code of ordinary steps: what a tile runs once, it fetches
+ * slowly. */
 template <class S> struct HopperConsumer {
     const fad_attn_problem &p;
     const Work &work;
@@ -20,11 +21,11 @@ template <class S> struct HopperConsumer {
     const uint64_t k_ring = matrix_descriptor(sm.ring, 16), v_ring = matrix_descriptor(sm.ring, S::BOX),
                    q_tiles = matrix_descriptor(sm.q[0][group], 16);
     Ring q_buffer, ring, check, slot; /* the next q, part of K or V, check of values, item */
-    int current = -1;                 /* the item in work; -1: none yet */
-    int block = 0, last = 0;          /* its block whose probabilities are there; its last one */
-    int whole = 0, n_whole = 0;       /* of its range */
-    int plain_end = 0;                /* of the blocks that every row sees all of, and not the last: from `whole` on */
-    int splits = 0, to_split_end = 1; /* that have ended; blocks up to the end of the current one */
+    int current;                      /* the item in work */
+    int block, last;                  /* its block whose probabilities are there, -1: none yet; its last one */
+    int whole, n_whole;               /* of its range */
+    int plain_end;                    /* of the blocks that every row sees all of, and not the last: from `whole` on */
+    int splits = 0, to_split_end;     /* that have ended; blocks up to the end of the current one */
     bool first_values = true;         /* of a split: the next ones start a chain */
     float l[2] = {0, 0};              /* this lane's l_t of rows g and g + 8 */
     References references;
@@ -73,7 +74,7 @@ template <class S> struct HopperConsumer {
     }
 
     /* Waits for the products that were started last, with these slots, and releases them. */
-    __device__ __forceinline__ void finish_products(const Slots &slots, bool releases) const {
+    __device__ __forceinline__ void finish_products(const Slots &slots, bool releases = true) const {
         if constexpr (S::PARTS == 2) { /* its first part is waited for by those who copy: there are few slots */
             wgmma_wait<1>();
             if (releases)
@@ -101,6 +102,15 @@ template <class S> struct HopperConsumer {
         }
     }
 
+    /* Of scores and probabilities. */
+    template <class X, int N, int M> static __device__ __forceinline__ void forget(X (&x)[N][M]) {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int e = 0; e < M; e++)
+                set_to_anything(x[n][e]);
+    }
+
     /* Scores that have been waited for. The compiler must not see that their bits are looked at later: it would copy them to
      * integers where their products are still on their way, which then have to wait for each other. */
     static __device__ __forceinline__ void settle(ScoreTile &s) {
@@ -125,20 +135,18 @@ template <class S> struct HopperConsumer {
         }
     }
 
-    __device__ __forceinline__ bool is_partial(int block) const {
-        return (unsigned)(block - whole) >= (unsigned)n_whole;
-    }
+    __device__ __forceinline__ bool is_partial() const { return (unsigned)(block - whole) >= (unsigned)n_whole; }
 
-    /* N4 to N6: options, masks and the references of a block. Returns whether references moved; alpha tells how O and l
-     * have to follow. PLAIN: the rule is. */
-    template <bool PLAIN> __device__ __forceinline__ bool advance(ScoreTile &s, int block, float (&alpha)[2]) {
+    /* N4 to N6: options, masks and the references of the present block. Returns whether references moved; alpha tells how O
+     * and l have to follow. PLAIN: the rule is. */
+    template <bool PLAIN> __device__ __forceinline__ bool advance(ScoreTile &s, float (&alpha)[2]) {
         const ScoreRule &rule = work.rule;
         if (!PLAIN && !rule.plain) {
             const RowView g(p, item().t, item().range, first + lane / 4),
                 g8(p, item().t, item().range, first + lane / 4 + 8);
             apply_options(s, g, g8, rule, block);
         }
-        if (is_partial(block))
+        if (is_partial())
 #pragma unroll
             for (int half = 0; half < 2; half++)
                 item().seen[first + lane / 4 + half * 8].mask(s, half, block);
@@ -157,10 +165,18 @@ template <class S> struct HopperConsumer {
         return not_finite;
     }
 
-    /* N11 where some rows do not see them: the values step by mma.sync, each row with what it sees. Then there are zeros
-     * in their place, with which the usual step changes nothing. */
-    __device__ __forceinline__ void add_guarded(const ProbabilityFragments &a, const Slots &values,
-                                                const HopperItem &item, int block) {
+    /* N11 where some rows do not see the values of the present block, if they are not all finite: the values step by mma.sync,
+     * each row with what it sees. Then there are zeros in their place, with which the usual step changes nothing. */
+    __device__ __forceinline__ void guard_values(const ProbabilityFragments &a) {
+        if (!values_not_finite())
+            return;
+        Ring at = ring.after(S::OVERLAP && block < last ? S::PARTS : 0, S::SLOTS); /* behind the next keys? */
+        Slots values;
+#pragma unroll
+        for (int i = 0; i < S::PARTS; i++, at.advance(S::SLOTS)) {
+            barrier_wait(sm.full[at.index], at.round);
+            values.part[i] = at.index;
+        }
         if (first_values)
             clear();
         first_values = false;
@@ -168,15 +184,15 @@ template <class S> struct HopperConsumer {
         for (int n = 0; n < S::N; n += 8)
             add_values_guarded<S::T, 8>(*(float (*)[8][4]) & o[n], a,
                                         sm.ring[values.part[n / S::PART_N]] + n / 8 % S::PIECES * S::BOX, [&](int r) {
-                                            const RowView row(p, item.t, item.range, first + r);
+                                            const RowView row(p, item().t, item().range, first + r);
                                             return fad_interval{row.lo - block * BLOCK_KEYS,
                                                                 row.hi - block * BLOCK_KEYS};
                                         });
         named_barrier_sync(ALL_CONSUMERS, S::CONSUMERS * GROUP_THREADS); /* v may be overwritten */
 #pragma unroll
         for (int part = 0; part < S::PARTS; part++)
-            for (int at = threadIdx.x - GROUP_THREADS; at < S::SLOT / 16; at += S::CONSUMERS * GROUP_THREADS)
-                ((uint4 *)sm.ring[values.part[part]])[at] = make_uint4(0, 0, 0, 0);
+            for (int i = threadIdx.x - GROUP_THREADS; i < S::SLOT / 16; i += S::CONSUMERS * GROUP_THREADS)
+                ((uint4 *)sm.ring[values.part[part]])[i] = make_uint4(0, 0, 0, 0);
         fence_async_proxy();
         named_barrier_sync(ALL_CONSUMERS, S::CONSUMERS * GROUP_THREADS); /* v may be read */
     }
@@ -217,17 +233,9 @@ template <class S> struct HopperConsumer {
         __syncwarp(); /* they may be read */
     }
 
-    /* N8: folds the split in part and o into those before; the sum is left there. */
-    __device__ __forceinline__ void fold(RowPair &part) {
-        const int lane = opaque_lane();
-        if (splits > 0) {
-            const float4 *const before = rest(lane);
-            fold_into<4>(total(lane), [&](int n) { return before[n * REST_STRIDE]; }, part, o);
-        }
-        set_total(lane, part);
-    }
-    /* The same; the sum is left at rest, and O is only read, so that scores can be computed meanwhile. */
-    __device__ __forceinline__ void fold_at_rest(RowPair &part) {
+    /* N8: folds the split in part and o, which is not the item's last, into those before; the sum is left at rest. O is only
+     * read, so that scores can be computed meanwhile. */
+    __device__ __forceinline__ void fold_at_rest(RowPair &part) const {
         const int lane = opaque_lane();
         float4 *const before = rest(lane);
         if (splits > 0)
@@ -237,8 +245,18 @@ template <class S> struct HopperConsumer {
         else
             rest_state(before, REST_STRIDE, o);
         set_total(lane, part);
-        splits++;
     }
+    /* The same for the last; the sum is left in part and o. */
+    __device__ __forceinline__ void fold_last(RowPair &part) {
+        const int lane = opaque_lane();
+        const float4 *const before = rest(lane);
+        if (splits > 0)
+            fold_into<4>(total(lane), [&](int n) { return before[n * REST_STRIDE]; }, part, o);
+    }
+    __device__ __forceinline__ void spill(const RowPair &part) const {
+        spill_rows(p, item().t, work.partials, item().range.split + splits, first, part, o, 0);
+    }
+
     /* O, with m and l in part, to out and lse, by way of shared memory, which is the warp's own: where O rests, or else the
      * slots of the values that it met last. */
     __device__ __forceinline__ void write_out(const Tile &t, const RowPair &part, const Slots &values) {
@@ -260,47 +278,18 @@ template <class S> struct HopperConsumer {
             fence_async_proxy();
     }
 
-    /* The end of a split of the item that lies in `ended`, and of the item if it was its last. m and l are `part`. */
-    __device__ __forceinline__ void close_split(int ended, RowPair &part, bool item_ends, bool spill,
-                                                const Slots &values) {
-        if (!spill)
-            fold(part);
-        if (spill)
-            spill_rows(p, sm.items[ended].t, work.partials, sm.items[ended].range.split + splits, first, part, o, 0);
-        else if (item_ends)
-            write_out(sm.items[ended].t, part, values);
-        else
-            rest_state(rest(opaque_lane()), REST_STRIDE, o);
-        splits++;
-        if (item_ends) {
-            splits = 0;
-            warp_arrive(sm.item_empty[ended]);
-            __syncwarp(); /* as in release */
-        }
+    /* m and l of a split all of whose probabilities are there. */
+    __device__ __forceinline__ RowPair end_references() {
+        const RowPair part = {{references.reference(0), references.reference(1)}, {sum_lanes(l[0]), sum_lanes(l[1])}};
+        references.clear();
+        l[0] = l[1] = 0;
+        return part;
     }
 
-    /* Goes to the first block of the next item. Whether there is one. */
-    __device__ __forceinline__ bool begin_item() {
-        const bool exists = uniform(wait_for_item(sm, slot) != nullptr);
-        if (!exists)
-            return false;
-        current = slot.index;
-        slot.advance(ITEMS);
-        const KeyRange &range = item().range;
-        block = 0;
-        last = uniform(range.blocks) - 1;
-        whole = uniform(range.whole);
-        n_whole = uniform(range.n_whole);
-        to_split_end = uniform(range.to_split_end);
-        plain_end = work.rule.plain ? min(whole + n_whole, last) : 0;
-        return true;
-    }
-    /* The item before has met all of its q. */
+    /* All of the item's q has been read. */
     __device__ __forceinline__ void release_queries() {
-        if constexpr (!S::Q_IN_REGISTERS) {
-            warp_arrive(sm.q_empty[q_buffer.index]);
-            q_buffer.advance(S::Q_BUFFERS);
-        }
+        warp_arrive(sm.q_empty[q_buffer.index]);
+        q_buffer.advance(S::Q_BUFFERS);
     }
     __device__ __forceinline__ void take_queries() {
         barrier_wait(sm.q_full[q_buffer.index], q_buffer.round);
@@ -309,8 +298,7 @@ template <class S> struct HopperConsumer {
 #pragma unroll
             for (int k = 0; k < S::D / 16; k++)
                 load_fragment<8>(q[k], sm.q[q_buffer.index][group] + k / 4 * S::Q_BOX, row, k % 4);
-            warp_arrive(sm.q_empty[q_buffer.index]);
-            q_buffer.advance(S::Q_BUFFERS);
+            release_queries();
         }
     }
 
@@ -322,133 +310,156 @@ template <class S> struct HopperConsumer {
         named_barrier_arrive(FIRST_TURN + (group + 1 < S::CONSUMERS ? group + 1 : 0), 2 * GROUP_THREADS);
     }
 
-    /* What a step has to be ready for. PLAIN: the rule is plain, every row sees all of this block, and the next one is in the
-     * same split. SPLIT: it is in the next, and splits are folded. These have code of their own, without all that is rare,
-     * which would lie in the way and take registers; masks of the next block are not rare, as all causal tiles have them. */
+    /* What a step has to be ready for. PLAIN: the rule is plain, every row sees all of this block, if there is one, and the
+     * next one is in the same split. SPLIT: it is in the next, and splits are folded. These have code of their own, without all
+     * that is rare, which would lie in the way and take registers; masks of the next block are not rare, as all causal tiles
+     * have them. */
     enum Kind { PLAIN, SPLIT, ANY };
 
-    /* s holds the probabilities of the present block, and at the end those of the next; with OVERLAP a has them, rounded.
-     * False: there is no next. */
-    template <Kind KIND> __device__ __forceinline__ bool step(ScoreTile &s, ProbabilityFragments &a) {
-        constexpr bool PLAIN = KIND != Kind::ANY;
+    /* a holds the probabilities of the present block, rounded, and at the end those of the next. */
+    template <Kind KIND> __device__ __forceinline__ void step(ProbabilityFragments &a) {
+        const bool split_ends = KIND == Kind::SPLIT || (KIND == Kind::ANY && --to_split_end == 0),
+                   spills = KIND == Kind::ANY && work.partials.o;
+        ScoreTile s;
         RowPair part;
-        Slots keys = {}, values = {};
+        Slots keys, values;
         float alpha[2], sum[2];
-        bool moved = false, more = true;
-        const int ended = current, here = block;
-        const bool begun = PLAIN || current >= 0, item_ends = !PLAIN && block == last,
-                   partial = !PLAIN && begun && is_partial(block);
-        const bool split_ends = PLAIN ? KIND == Kind::SPLIT : (--to_split_end == 0) | item_ends;
-        bool arrived = S::OVERLAP && block_arrived();
-        if (!S::OVERLAP)
-            round_probabilities<S::T>(a, s);
-        if (item_ends) {
-            if (begun)
-                release_queries();
-            more = begin_item();
-        } else {
-            block++;
-            if (split_ends)
-                to_split_end = uniform(item().range.split_blocks);
-        }
-        if (!S::REST_IN_SHARED && split_ends && begun && splits > 0 && !work.partials.o)
-            prefetch_rest();
-        auto scores = [&] {
-            if (item_ends && more)
-                take_queries();
-            if (more)
-                keys = wait_for_block(arrived);
-            arrived = S::OVERLAP && block_arrived();
-            start_scores(s, keys);
-        };
-        if (S::OVERLAP) {
-            take_turn();
-            scores();
-            if (!PLAIN)
-                pass_turn();
-        }
-        if (begun)
-            values = wait_for_block(arrived);
-        if (partial && values_not_finite())
-            add_guarded(a, values, sm.items[ended], here);
-        if (!S::OVERLAP)
-            take_turn();
-        start_values(a, values);
-        first_values = split_ends;
-        if (S::OVERLAP ? PLAIN : split_ends)
-            pass_turn();
+        forget(s);
         if (split_ends) {
-            part = {{references.reference(0), references.reference(1)}, {sum_lanes(l[0]), sum_lanes(l[1])}};
-            references.clear();
-            l[0] = l[1] = 0;
+            to_split_end = uniform(item().range.split_blocks);
+            if (!S::REST_IN_SHARED && splits > 0 && !spills)
+                prefetch_rest();
         }
-        const bool written_out = !S::REST_IN_SHARED && item_ends && !work.partials.o; /* where the values were */
-        auto end_values = [&] { finish_products(values, begun && !written_out); };
+        if (S::OVERLAP) {
+            const bool keys_arrived = block_arrived();
+            take_turn();
+            keys = wait_for_block(keys_arrived);
+            const bool values_arrived = block_arrived();
+            start_scores(s, keys);
+            if (KIND == Kind::ANY)
+                pass_turn();
+            values = wait_for_block(values_arrived);
+        } else {
+            values = wait_for_block();
+            take_turn();
+        }
+        start_values(a, values);
+        first_values = split_ends || block < 0;
+        if (S::OVERLAP ? KIND != Kind::ANY : split_ends)
+            pass_turn();
+        if (split_ends)
+            part = end_references();
         auto end_split = [&] {
             if (!split_ends)
                 return;
-            if (begun)
-                close_split(ended, part, item_ends, !PLAIN && work.partials.o, values);
-            if (begun && written_out)
-                release(values);
+            if (spills)
+                spill(part);
+            else
+                fold_at_rest(part);
+            splits++;
         };
+        block++;
         if (S::OVERLAP) {
             wgmma_wait<1>();
         } else {
-            end_values();
-            scores(); /* while O is dealt with */
-            if (KIND == Kind::SPLIT)
-                fold_at_rest(part);
-            else
-                end_split();
+            finish_products(values);
+            keys = wait_for_block();
+            start_scores(s, keys);
+            end_split();
             if (!split_ends)
                 pass_turn();
-            finish_products(keys, more);
+            finish_products(keys);
         }
-        if (more) {
-            settle(s);
-            if (S::OVERLAP)
-                release(keys);
-            moved = advance<PLAIN>(s, block, alpha);
-        }
+        settle(s);
         if (S::OVERLAP)
-            end_values(); /* and a may be overwritten */
-        if (more) {
-            references.apply<S::T>(s, work.rule.c, sum);
-            if (S::OVERLAP)
-                round_probabilities<S::T>(a, s);
-            l[0] = fad_f32_add(fad_f32_mul(l[0], alpha[0]), sum[0]);
-            l[1] = fad_f32_add(fad_f32_mul(l[1], alpha[1]), sum[1]);
-        }
+            release(keys);
+        const bool moved = advance<KIND != Kind::ANY>(s, alpha);
+        if (S::OVERLAP)
+            finish_products(values); /* and a may be overwritten */
+        references.apply<S::T>(s, work.rule.c, sum);
+        round_probabilities<S::T>(a, s);
+        l[0] = fad_f32_add(fad_f32_mul(l[0], alpha[0]), sum[0]);
+        l[1] = fad_f32_add(fad_f32_mul(l[1], alpha[1]), sum[1]);
         if (S::OVERLAP)
             end_split();
         if (!split_ends && moved)
             rescale(o, alpha);
-        return more;
     }
 
-    /* All blocks of all items. */
-    __device__ __forceinline__ void run() {
-        ScoreTile s = {};
-        ProbabilityFragments a = {};
-        if (group == S::CONSUMERS - 1)
-            pass_turn(); /* the first one's first */
-        references.clear();
-        clear();
+    /* Goes to the next item, before its first block. Whether there is one. */
+    __device__ __forceinline__ bool begin_item() {
+        if (!uniform(wait_for_item(sm, slot) != nullptr))
+            return false;
+        current = slot.index;
+        slot.advance(ITEMS);
+        const KeyRange &range = item().range;
+        block = -1;
+        last = uniform(range.blocks) - 1;
+        whole = uniform(range.whole);
+        n_whole = uniform(range.n_whole);
+        to_split_end = uniform(range.to_split_end) + 1; /* the step without a block counts */
+        plain_end = work.rule.plain ? min(whole + n_whole, last) : -1;
+        take_queries();
+        return true;
+    }
+    /* All blocks but the values of the last. */
+    __device__ __forceinline__ void run_steps(ProbabilityFragments &a) {
         for (;;) {
-            if (block >= whole && block < plain_end) {
-                const int end = min(plain_end, block + to_split_end - 1);
+            if (block < plain_end && (block < 0 || block >= whole)) {
+                const int end = min(block < 0 && whole > 0 ? 0 : plain_end, block + to_split_end - 1);
                 to_split_end -= end - block;
 #pragma unroll 1
                 while (block < end)
-                    step<PLAIN>(s, a);
-                if (block < plain_end && !work.partials.o) {
-                    step<SPLIT>(s, a);
+                    step<PLAIN>(a);
+                if (block >= whole && block < plain_end && !work.partials.o) {
+                    step<SPLIT>(a);
                     continue;
                 }
             }
-            if (!step<ANY>(s, a))
+            if (block >= 0 && is_partial())
+                guard_values(a);
+            if (block == last)
                 return;
+            step<ANY>(a);
+        }
+    }
+    /* Adds the values of the last block, and finishes the item. */
+    __device__ __forceinline__ void end_item(const ProbabilityFragments &a) {
+        const bool spills = work.partials.o, staged = !S::REST_IN_SHARED && !spills; /* where the values were */
+        if (!S::REST_IN_SHARED && splits > 0 && !spills)
+            prefetch_rest();
+        if (!S::Q_IN_REGISTERS)
+            release_queries();
+        const Slots values = wait_for_block();
+        take_turn();
+        start_values(a, values);
+        pass_turn();
+        RowPair part = end_references();
+        finish_products(values, !staged);
+        if (spills) {
+            spill(part);
+        } else {
+            fold_last(part);
+            write_out(item().t, part, values);
+        }
+        if (staged)
+            release(values);
+        splits = 0;
+        first_values = true;
+        warp_arrive(sm.item_empty[current]);
+        __syncwarp(); /* as in release */
+    }
+
+    /* All items. */
+    __device__ __forceinline__ void run() {
+        if (group == S::CONSUMERS - 1)
+            pass_turn(); /* the first one's first */
+        references.clear();
+        while (begin_item()) {
+            ProbabilityFragments a;
+            forget(a);
+            run_steps(a);
+            end_item(a);
         }
     }
 };

@@ -93,16 +93,18 @@ template <class S> struct KeyProducer {
                  ring.round ^ 1, sm.full[i]);
         }
     }
+    /* Anything, in the place of the values that the first step of an item has not. */
+    __device__ __forceinline__ void skip() {
+#pragma unroll
+        for (int part = 0; part < S::PARTS; part++, ring.advance(S::SLOTS)) {
+            barrier_wait(sm.empty[ring.index], ring.round ^ 1);
+            warp_arrive(sm.full[ring.index]);
+        }
+    }
     __device__ __forceinline__ const HopperItem *next_item(Ring slot) {
         pages.finish();
         return wait_for_item(sm, slot);
     }
-    /* The first K of an item, which is used before the last V of the one before. */
-    __device__ __forceinline__ void first_keys(const HopperItem *item) {
-        if (S::OVERLAP && item)
-            copy_item(*item, [&](auto copy_k, auto) { next(copy_k, 0); });
-    }
-
     /* N11: whether there is Inf or NaN among this warp's rows of the values that begin in this slot of the ring. */
     __device__ __forceinline__ void check_values(Ring slot) {
         const int lane = threadIdx.x % 32;
@@ -136,23 +138,25 @@ template <class S> struct KeyProducer {
     __device__ __forceinline__ void run() {
         Ring slot;
         const HopperItem *item = next_item(slot);
-        first_keys(item);
         while (item) {
             const Ring next_slot = slot.after(1, ITEMS);
             copy_item(*item, [&](auto copy_k, auto copy_v) {
                 const int blocks = item->range.blocks;
 #pragma unroll 1
-                for (int block = 0; block < blocks; block++) {
-                    if (!S::OVERLAP)
-                        next(copy_k, block);
-                    else if (block + 1 < blocks)
+                for (int block = -1; block < blocks; block++) { /* as in the consumer's steps */
+                    const bool more = block + 1 < blocks;
+                    if (S::OVERLAP && more)
                         next(copy_k, block + 1);
-                    else
-                        first_keys(next_item(next_slot));
-                    const Ring values = ring;
-                    next(copy_v, block);
-                    if (item->range.partial(block))
-                        check_values(values);
+                    if (block < 0) {
+                        skip();
+                    } else {
+                        const Ring values = ring;
+                        next(copy_v, block);
+                        if (item->range.partial(block))
+                            check_values(values);
+                    }
+                    if (!S::OVERLAP && more)
+                        next(copy_k, block + 1);
                 }
             });
             warp_arrive(sm.item_empty[slot.index]); /* all lanes have read the item */

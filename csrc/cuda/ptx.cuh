@@ -24,6 +24,10 @@ static __device__ __forceinline__ float opaque(float x) {
     asm volatile("" : "+f"(x));
     return x;
 }
+/* Gives x any value, and tells the compiler that what it was is not needed: an operand that is read and written, of which
+ * only what is written matters, would have to stay in the same registers wherever it is used. */
+static __device__ __forceinline__ void set_to_anything(float &x) { asm volatile("" : "=f"(x)); }
+static __device__ __forceinline__ void set_to_anything(unsigned &x) { asm volatile("" : "=r"(x)); }
 /* The number of the lane. */
 static __device__ __forceinline__ int opaque_lane() { return opaque((int)(threadIdx.x % 32)); }
 

@@ -113,6 +113,7 @@ inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, v
 /* ---- ptx.cuh ---- */
 
 template <class T> inline T opaque(T x) { return x; }
+template <class T> inline void set_to_anything(T &x) { memset(&x, 0xff, sizeof x); } /* NaN */
 inline int opaque_lane() { return (int)(threadIdx.x % 32); }
 inline unsigned shared_address(const void *p) { return (unsigned)((const char *)p - shared_memory); }
 inline uint64_t keep_as_usual() { return 0; }
