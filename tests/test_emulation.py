@@ -74,13 +74,31 @@ TILE_MISTAKES = {
         "to_split_end = uniform(item().range.split_blocks) + 1;",
         "128",
     ),
-    "no care for values that are not seen": (CONSUMER, "if (partial && values_not_finite())", "if (false)", "64"),
+    "no care for values that are not seen": (
+        CONSUMER,
+        "if (!values_not_finite())\n            return;",
+        "return;",
+        "64",
+    ),
     "values checked before they are there": (PRODUCER, "barrier_wait(sm.full[slot.index], slot.round);", "", "128"),
     "a chain that goes on over the end of a split": (
         CONSUMER,
-        "first_values = split_ends;",
-        "first_values = false;",
+        "first_values = split_ends || block < 0;",
+        "first_values = block < 0;",
         "64",
+    ),
+    "a chain that goes on from what the first step finds": (
+        CONSUMER,
+        "first_values = split_ends || block < 0;",
+        "first_values = split_ends;",
+        "128",
+    ),
+    "the last split not folded": (CONSUMER, "            fold_last(part);\n", "", "256"),
+    "rows staged where values are overwritten": (
+        CONSUMER,
+        "finish_products(values, !staged);",
+        "finish_products(values);",
+        "256",
     ),
     "quotients always computed the near way": (OUTPUT, "    if (__all_sync(~0u, near))\n", "    if (true)\n", "128"),
     "maxima always compared as integers": (
@@ -95,7 +113,7 @@ TILE_MISTAKES = {
         "",
         "128",
     ),
-    "the next item's first keys never copied": (PRODUCER, "first_keys(next_item(next_slot));", "{}", "64"),
+    "nothing in the place of the values that the first step has not": (PRODUCER, "skip();", ";", "64"),
     "keys in pages used before they are there": (PAGES, "cp_async_wait<PENDING>();", "", "64"),
     "slots overwritten by keys in pages": (
         PAGES,
