@@ -64,19 +64,6 @@ template <class S, KeyGradientPart PART> struct HopperKeyGradient {
         clear<1, S::DIMS>(dv);
     }
 
-    /* N11: keys that do not exist are zeros; nothing is read there. */
-    __device__ __forceinline__ void load_keys(Matrix<GROUP_ROWS, S::D> &to, const fad_view &view, int64_t first_key,
-                                              int64_t dims) const {
-        const KeyTile &t = sm.t;
-        const int64_t row = t.first + owner * GROUP_ROWS;
-        const char *from = (const char *)view.data + 2 * (first_key + row * view.stride_s + t.head_k * view.stride_h);
-#pragma unroll
-        for (int piece = 0; piece < to.PIECES; piece++)
-            load_rows<GROUP_ROWS, 8, GROUP_THREADS>(to.piece[piece], from + piece * 128, 2 * view.stride_s,
-                                                    t.lo - owner * GROUP_ROWS, t.hi - owner * GROUP_ROWS,
-                                                    (int)dims - piece * 64, threadIdx.x % GROUP_THREADS);
-    }
-
     __device__ __forceinline__ void wait_for_rows() {
         barrier_wait(sm.full[ring.index], ring.round);
         kind = sm.sums[ring.index].kind;
@@ -264,23 +251,52 @@ template <class S, KeyGradientPart PART> struct HopperKeyGradient {
                         not_finite, sm.v[owner]);
     }
 
+    /* Once load_keys() has been called. */
     __device__ __forceinline__ void run() {
-        const KeyTile &t = sm.t;
-        if (left > 0) {
-            if constexpr (OF_DV)
-                load_keys(sm.k[owner], p.k, t.seq.k, p.D);
-            if constexpr (OF_DK)
-                load_keys(sm.v[owner], p.v, t.seq.v, p.Dv);
-            cp_async_commit();
-            cp_async_wait<0>();
-            fence_async_proxy();
-            named_barrier_sync(1 + group, GROUP_THREADS); /* the group's k and v may be read */
+        cp_async_wait<0>();
+        fence_async_proxy();
+        named_barrier_sync(1 + group, GROUP_THREADS); /* the group's k and v may be read */
+        if (left > 0)
             run_steps();
-        }
         named_barrier_sync(1 + group, GROUP_THREADS); /* and overwritten */
         store_sums();
     }
 };
+
+/* Starts the copies of the owner's keys by a consumer: rows lo .. hi - 1 of a tile, whose row 0 of kv head 0 is at k and v;
+ * the others become zeros, and nothing is read there. */
+template <class S>
+static __device__ __forceinline__ void load_keys(const fad_attn_problem &p, HopperKeyGradientShared<S> &sm, int64_t k,
+                                                 int64_t v, int64_t head_k, int lo, int hi) {
+    const int group = threadIdx.x / GROUP_THREADS - 1, owner = S::PAIRED ? 0 : group, first = owner * GROUP_ROWS;
+    auto load = [&](Matrix<GROUP_ROWS, S::D> &to, const fad_view &view, int64_t at, int64_t dims) {
+        const char *const from = (const char *)view.data + 2 * (at + first * view.stride_s + head_k * view.stride_h);
+#pragma unroll
+        for (int piece = 0; piece < to.PIECES; piece++)
+            load_rows<GROUP_ROWS, 8, GROUP_THREADS>(to.piece[piece], from + piece * 128, 2 * view.stride_s, lo - first,
+                                                    hi - first, (int)dims - piece * 64, threadIdx.x % GROUP_THREADS);
+    };
+    if (!S::PAIRED || group == 0)
+        load(sm.k[owner], p.k, k, p.D);
+    if (!S::PAIRED || group == 1)
+        load(sm.v[owner], p.v, v, p.Dv);
+    cp_async_commit();
+}
+/* Before the tile has been found, if all rows of the buffer are keys. */
+template <class S>
+static __device__ __forceinline__ void load_expected_keys(const fad_attn_problem &p, const KeyTiles &tiles,
+                                                          HopperKeyGradientShared<S> &sm) {
+    int b, head_k, nth;
+    tiles.find(blockIdx.x, b, head_k, nth);
+    const int64_t row = (int64_t)nth * S::TILE;
+    load_keys(p, sm, b * p.k.stride_b + row * p.k.stride_s, b * p.v.stride_b + row * p.v.stride_s, head_k, 0,
+              (int)min(p.Sk - row, (int64_t)S::TILE));
+}
+template <class S>
+static __device__ __forceinline__ void load_keys_of(const KeyTile &t, const fad_attn_problem &p,
+                                                    HopperKeyGradientShared<S> &sm) {
+    load_keys(p, sm, t.seq.k + t.first * p.k.stride_s, t.seq.v + t.first * p.v.stride_s, t.head_k, t.lo, t.hi);
+}
 
 template <class S>
 __global__ void __launch_bounds__(S::THREADS, 1)
@@ -299,8 +315,13 @@ __global__ void __launch_bounds__(S::THREADS, 1)
         }
         fence_barrier_init();
     }
+    const bool consumes = threadIdx.x >= GROUP_THREADS, expected = tiles.valid && !p.seqused_k && !p.leftpad_k;
+    if (expected && consumes)
+        load_expected_keys(p, tiles, sm);
     if (!share_key_tile(p, gradient, tiles, S::TILE, sm.t)) /* and barriers may be used */
         return;
+    if (!expected && consumes)
+        load_keys_of(sm.t, p, sm);
     if (threadIdx.x < GROUP_THREADS) {
         give_registers<S::PRODUCER_REGISTERS>();
         const QueryWalk<S> walk(sm.t); /* by whole warps */

@@ -73,6 +73,54 @@ static __device__ __forceinline__ void produce_blocks(const fad_attn_problem &p,
     });
 }
 
+/* What a consumer loads of a tile's rows, as soon as it is known which they are. */
+template <class S> struct RowLoads {
+    static constexpr int CHUNKS = S::D / 8, STEP = GROUP_THREADS / CHUNKS; /* rows of a chunk's column are STEP apart */
+    RowRegisters mine;
+    int state; /* of the row that is this thread's, if there is one */
+
+    static __device__ __forceinline__ int group() { return (int)threadIdx.x / GROUP_THREADS - 1; }
+    static __device__ __forceinline__ int first_row() {
+        return group() * GROUP_ROWS + (int)threadIdx.x % GROUP_THREADS / CHUNKS;
+    }
+
+    /* The active rows of tile t, which is of sequence b, whose rows begin with elements q_first and dout_first; the others are
+     * taken for zeros, without terms. */
+    __device__ __forceinline__ void start(const fad_attn_problem &p, const fad_attn_problem &gradient,
+                                          const RowSums &sums, HopperRowGradientShared<S> &sm, const Tile &t, int64_t b,
+                                          int64_t q_first, int64_t dout_first) {
+        const int thread = threadIdx.x - GROUP_THREADS;
+        load(sm.q[group()], p.q, q_first, p.D, t);
+        load(sm.dout[group()], gradient.out, dout_first, p.Dv, t);
+        cp_async_commit();
+        /* Where row r is in RowSums, or -1. */
+        auto sum_of = [&](int r) {
+            const Row row = row_of(t, r);
+            return r < t.n_active ? first_row_sum(p, b, row.h) + row.i : -1;
+        };
+        static_assert(S::TILE <= S::CONSUMER_THREADS, "a thread for each row");
+        const int64_t own = thread < S::TILE ? sum_of(thread) : -1;
+        state = own >= 0 ? sums.state[own] : 0; /* asked for before it is needed, as what follows */
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int64_t at =
+                sum_of(group() * GROUP_ROWS + thread % GROUP_THREADS / 32 * 16 + thread % 32 / 4 + half * 8);
+            mine.l[half] = at >= 0 ? sums.log2_sum[at] : 0;
+            mine.d[half] = at >= 0 ? sums.delta[at] : 0;
+        }
+    }
+
+  private:
+    static __device__ __forceinline__ void load(Matrix<GROUP_ROWS, S::D> &to, const fad_view &view,
+                                                int64_t first_element, int64_t dims, const Tile &t) {
+        const int chunk = threadIdx.x % CHUNKS, end = chunk * 8 < dims ? t.n_active - group() * GROUP_ROWS : 0;
+        RowWalk<STEP> walk(view, first_element, t, first_row());
+#pragma unroll 8
+        for (int r = first_row() % GROUP_ROWS; r < GROUP_ROWS; r += STEP, walk.advance())
+            cp_async16(to.chunk(r, chunk), (const char *)view.data + walk.at + chunk * 16, r < end ? 16 : 0);
+    }
+};
+
 /* The 64 rows of a warpgroup. */
 template <class S> struct HopperRowGradient {
     const fad_attn_problem &p;
@@ -96,45 +144,13 @@ template <class S> struct HopperRowGradient {
 
     __device__ __forceinline__ int row() const { return group * GROUP_ROWS + first_of_warp + lane / 4; }
 
-    /* Rows of a chunk's column are STEP apart for each thread. */
-    static constexpr int CHUNKS = S::D / 8, STEP = GROUP_THREADS / CHUNKS;
-    __device__ __forceinline__ RowWalk<STEP> rows_of_thread(const fad_view &view, int64_t first_element) const {
-        return {view, first_element, sm.t, group * GROUP_ROWS + (int)threadIdx.x % GROUP_THREADS / CHUNKS};
-    }
-    __device__ __forceinline__ void load_rows_of_group(Matrix<GROUP_ROWS, S::D> &to, const fad_view &view,
-                                                       int64_t first_element, int64_t dims) const {
-        const int chunk = threadIdx.x % CHUNKS, first = threadIdx.x % GROUP_THREADS / CHUNKS,
-                  end = chunk * 8 < dims ? sm.t.n_active - group * GROUP_ROWS : 0;
-        auto walk = rows_of_thread(view, first_element);
-#pragma unroll 8
-        for (int r = first; r < GROUP_ROWS; r += STEP, walk.advance())
-            cp_async16(to.chunk(r, chunk), (const char *)view.data + walk.at + chunk * 16, r < end ? 16 : 0);
-    }
-
-    /* Where row r of the tile is in RowSums; negative: it is not active, and is taken for zeros, without terms. */
-    __device__ __forceinline__ int64_t sum_of(int r) const {
-        const Row row = row_of(sm.t, r);
-        return r < sm.t.n_active ? first_row_sum(p, sm.t.seq.index, row.h) + row.i : -1;
-    }
-
-    /* Everything about the tile's rows. */
-    __device__ __forceinline__ void load(const RowSums &sums) {
-        load_rows_of_group(sm.q[group], p.q, sm.t.seq.q, p.D);
-        load_rows_of_group(sm.dout[group], gradient.out, sm.gradient.out, p.Dv);
-        cp_async_commit();
-        static_assert(S::TILE <= S::CONSUMER_THREADS, "a thread for each row");
+    /* Everything about the tile's rows, once their loads have been started. */
+    __device__ __forceinline__ void take(const RowLoads<S> &loads) {
         const int r = threadIdx.x - GROUP_THREADS;
-        const int64_t own = r < S::TILE ? sum_of(r) : -1;
-        const int state = own >= 0 ? sums.state[own] : 0; /* asked for before it is needed, as what follows */
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int64_t at = sum_of(row() + half * 8);
-            mine.l[half] = at >= 0 ? sums.log2_sum[at] : 0;
-            mine.d[half] = at >= 0 ? sums.delta[at] : 0;
-        }
-        sm.rows.fill(p, sm.t, sm.range, threadIdx.x - GROUP_THREADS, S::CONSUMER_THREADS);
+        mine = loads.mine;
+        sm.rows.fill(p, sm.t, sm.range, r, S::CONSUMER_THREADS);
         if (r < S::TILE)
-            sm.has_terms[r] = state & ROW_HAS_TERMS;
+            sm.has_terms[r] = loads.state & ROW_HAS_TERMS;
         cp_async_wait<0>();
         fence_async_proxy();
         named_barrier_sync(ALL_CONSUMERS, S::CONSUMER_THREADS); /* rows and what is known of them may be read */
@@ -233,12 +249,13 @@ template <class S> struct HopperRowGradient {
         const int first = group * GROUP_ROWS;
         const bool not_finite = stage<S::T, S::DIMS>(sm.q[group], first_of_warp, dq, (float)p.scale,
                                                      [&](int r) { return sm.has_terms[first + r]; });
-        store<S::T>(gradient.q, rows_of_thread(gradient.q, sm.gradient.q), sm.t.n_rows - first, p.D,
+        const RowWalk<RowLoads<S>::STEP> walk(gradient.q, sm.gradient.q, sm.t, RowLoads<S>::first_row());
+        store<S::T>(gradient.q, walk, sm.t.n_rows - first, p.D,
                     named_barrier_or(1 + group, GROUP_THREADS, not_finite) /* dq is staged */, sm.q[group]);
     }
 
-    __device__ __forceinline__ void run(const RowSums &sums) {
-        load(sums);
+    __device__ __forceinline__ void run(const RowLoads<S> &loads) {
+        take(loads);
         if (steps > 0)
             run_steps();
         named_barrier_sync(1 + group, GROUP_THREADS); /* the group's q may be overwritten */
@@ -264,15 +281,26 @@ __global__ void __launch_bounds__(S::THREADS, 1)
         }
         fence_barrier_init();
     }
+    const bool consumes = threadIdx.x >= GROUP_THREADS, expected = tiles.dense.valid && !p.seqused_q;
+    RowLoads<S> loads;
+    if (consumes && expected) { /* before the tile has been found */
+        const DenseItem item(tiles.dense, S::TILE, blockIdx.x);
+        Tile t;
+        find_dense_rows(p, tiles.dense, S::TILE, item, t);
+        t.n_active = t.n_rows;
+        loads.start(p, gradient, sums, sm, t, item.b, item.b * p.q.stride_b, item.b * gradient.out.stride_b);
+    }
     const bool exists =
         share_row_tile(p, gradient, tiles, S::TILE, sm.t, sm.range, sm.gradient); /* and barriers may be used */
-    if (exists && threadIdx.x < GROUP_THREADS) {
+    if (exists && consumes && !expected)
+        loads.start(p, gradient, sums, sm, sm.t, sm.t.seq.index, sm.t.seq.q, sm.gradient.out);
+    if (exists && !consumes) {
         give_registers<S::PRODUCER_REGISTERS>();
         if (threadIdx.x < 32)
             produce_blocks<S>(p, k_map, v_map, sm);
     } else if (exists) {
         take_registers<S::CONSUMER_REGISTERS>();
-        HopperRowGradient<S>(p, gradient, tiles.rule, sm).run(sums);
+        HopperRowGradient<S>(p, gradient, tiles.rule, sm).run(loads);
     }
     end_behind_last_kernel();
 }

@@ -91,9 +91,9 @@ static __device__ HeadTile find_head_tile(const fad_attn_problem &p, int64_t n_h
 struct HeadTiles {
     int of_head, heads, whole_turns, last_heads; /* tiles of a head; heads of a turn, and of the last if it has fewer */
     Divisor turn, by_heads, by_last_heads;
-    __host__ HeadTiles(const fad_attn_problem &p, int n_heads, int tiles_of_head)
-        : of_head(tiles_of_head), heads(heads_in_turn(p, n_heads, tiles_of_head)), whole_turns(n_heads / heads),
-          last_heads(n_heads % heads), turn(max(of_head * heads, 1)), by_heads(heads),
+    __host__ HeadTiles(const fad_attn_problem &p, int n_heads, int tiles_of_head, int most = INT32_MAX)
+        : of_head(tiles_of_head), heads(min(heads_in_turn(p, n_heads, tiles_of_head), most)),
+          whole_turns(n_heads / heads), last_heads(n_heads % heads), turn(max(of_head * heads, 1)), by_heads(heads),
           by_last_heads(max(last_heads, 1)) {}
     __device__ __forceinline__ void find(int number, int &head, int &nth) const {
         const int nth_turn = turn.quotient(number), first = nth_turn * heads, in_turn = number - first * of_head;

@@ -90,13 +90,12 @@ static __device__ bool share_key_tile(const fad_attn_problem &p, const fad_attn_
         if (threadIdx.x < 32)
             locate_keys(p, gradient, tiles.group_size, keys, blockIdx.x, t);
     } else if (threadIdx.x == 0 || threadIdx.x == 32) {
-        int of_batch, nth;
-        tiles.order.find(blockIdx.x, of_batch, nth);
-        const int b = tiles.heads.quotient(of_batch);
+        int b, head_k, nth;
+        tiles.find(blockIdx.x, b, head_k, nth);
         if (threadIdx.x == 0) {
             t.exists = true;
             t.seq = dense_sequence(p, b);
-            set_key_tile(p, tiles.group_size, keys, p.Sk, 0, of_batch - b * tiles.n_heads, nth * keys, t);
+            set_key_tile(p, tiles.group_size, keys, p.Sk, 0, head_k, nth * keys, t);
         } else {
             t.gradient = dense_sequence(gradient, b);
         }

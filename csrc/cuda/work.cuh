@@ -22,12 +22,13 @@ struct DenseWork {
     static constexpr int64_t MOST = INT64_C(1) << 29;
     static int bounded(int64_t x) { return x < 0 || x > MOST ? (int)MOST : (int)x; }
 
-    __host__ DenseWork(const fad_attn_problem &p, int rows, int64_t n_items, int64_t tiles_, int64_t item_splits_)
+    __host__ DenseWork(const fad_attn_problem &p, int rows, int64_t n_items, int64_t tiles_, int64_t item_splits_,
+                       int most_heads = INT32_MAX)
         : n_tiles(bounded(tiles_)), head_tiles((int)(n_tiles / max(p.B * p.Hk, (int64_t)1))), n_heads(bounded(p.Hk)),
           item_splits(bounded(item_splits_)), group_size(bounded(fad_group(&p))),
-          order(p, bounded(p.B * p.Hk), head_tiles), tiles(max(n_tiles, 1)), heads(max(n_heads, 1)), group(group_size),
-          split(bounded(p.split_size)), left(bounded(p.window_left)), right(p.causal ? 0 : bounded(p.window_right)),
-          split_keys(bounded(p.split_size)) {
+          order(p, bounded(p.B * p.Hk), head_tiles, most_heads), tiles(max(n_tiles, 1)), heads(max(n_heads, 1)),
+          group(group_size), split(bounded(p.split_size)), left(bounded(p.window_left)),
+          right(p.causal ? 0 : bounded(p.window_right)), split_keys(bounded(p.split_size)) {
         valid = is_dense(p) && n_items < MOST && p.Sk < MOST && p.Sq * fad_group(&p) + rows < MOST;
     }
 };
@@ -164,19 +165,24 @@ static __device__ __forceinline__ fad_sequence dense_sequence(const fad_attn_pro
     return fad_get_sequence(&plain, b);
 }
 
-/* find_item() where DenseWork holds, in few instructions, by one thread: the tile, */
-static __device__ void find_dense_tile(const fad_attn_problem &p, const DenseWork &dense, int rows, unsigned number,
-                                       Tile &t) {
-    const DenseItem item(dense, rows, number);
+/* find_item() where DenseWork holds, in few instructions, by one thread: which rows a tile has; */
+static __device__ __forceinline__ void find_dense_rows(const fad_attn_problem &p, const DenseWork &dense, int rows,
+                                                       const DenseItem &item, Tile &t) {
     const int i0 = dense.group.quotient(item.row0), group = dense.group_size;
-    t.seq = dense_sequence(p, item.b);
-    t.exists = true;
     t.head_k = item.head;
     t.i0 = i0;
     t.g0 = item.row0 - i0 * group;
     t.group = group;
     t.n_rows = min(rows, (int)p.Sq * group - item.row0);
-    t.n_active = min(max((int)t.seq.span.n_q * group - item.row0, 0), t.n_rows);
+}
+/* all of it; */
+static __device__ void find_dense_tile(const fad_attn_problem &p, const DenseWork &dense, int rows, unsigned number,
+                                       Tile &t) {
+    const DenseItem item(dense, rows, number);
+    find_dense_rows(p, dense, rows, item, t);
+    t.seq = dense_sequence(p, item.b);
+    t.exists = true;
+    t.n_active = min(max((int)t.seq.span.n_q * dense.group_size - item.row0, 0), t.n_rows);
 }
 
 /* and its keys, as in fad_get_sequence and set_key_range. */

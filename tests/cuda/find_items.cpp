@@ -19,7 +19,7 @@
 #define __forceinline__ inline
 static struct {
     unsigned x;
-} threadIdx, gridDim;
+} threadIdx, blockIdx, gridDim;
 template <class T> static T __shfl_sync(unsigned, T x, int) { return x; }
 template <class T> static T __shfl_up_sync(unsigned, T x, int) { return x; }
 static unsigned __ballot_sync(unsigned, bool x) { return x; }
@@ -29,7 +29,7 @@ static unsigned long long atomicAdd(unsigned long long *to, unsigned long long x
 template <class A, class B> static std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
 template <class A, class B> static std::common_type_t<A, B> max(A a, B b) { return b > a ? b : a; }
 
-#include "../../csrc/cuda/work.cuh"
+#include "../../csrc/cuda/mma_backward_kernel.cuh"
 
 static std::mt19937_64 generator(1);
 static int64_t pick(int64_t low, int64_t high) { return low + (int64_t)(generator() % (uint64_t)(high - low + 1)); }
@@ -96,15 +96,37 @@ static void compare(const Item &a, const Item &b, bool endless) {
     }
 }
 
-/* Every tile is found once. */
+/* Every tile is found once, and later rows first, but where other heads take turns. */
 static void compare_tiles(const fad_attn_problem &p, const Work &work, int rows, int64_t tiles) {
     std::set<std::array<int64_t, 4>> found;
+    const int64_t n_heads = p.B * p.Hk, heads = heads_in_turn(p, n_heads, tiles / n_heads);
+    int64_t turns = 0, last = INT64_MAX;
     for (int64_t number = 0; number < tiles; number++) {
         const Tile t = Item(p, work, rows, number).t;
         found.insert({t.seq.index, t.head_k, t.i0, t.g0});
+        const int64_t row = t.i0 * t.group + t.g0;
+        turns += number == 0 || row > last;
+        last = row;
     }
-    if ((int64_t)found.size() != tiles)
-        differs("tiles", (int64_t)found.size(), tiles);
+    same("tiles", (int64_t)found.size(), tiles);
+    if (tiles > n_heads)
+        same("turns", turns, (n_heads + heads - 1) / heads);
+}
+
+/* The same of tiles of keys, for the backward. */
+static void compare_key_tiles(const fad_attn_problem &p) {
+    const int64_t keys = 64, of_head = (p.Sk + keys - 1) / keys, n = p.B * p.Hk * of_head;
+    const KeyTiles tiles(p, (int)keys);
+    same("valid", tiles.valid, 1);
+    std::set<std::array<int, 3>> found;
+    for (int64_t number = 0; number < n; number++) {
+        std::array<int, 3> tile;
+        tiles.find((int)number, tile[0], tile[1], tile[2]);
+        if (tile[0] < 0 || tile[0] >= p.B || tile[1] < 0 || tile[1] >= p.Hk || tile[2] < 0 || tile[2] >= of_head)
+            differs("tile of keys", number, n);
+        found.insert(tile);
+    }
+    same("tiles of keys", (int64_t)found.size(), n);
 }
 
 /* Some items of a random call. */
@@ -149,8 +171,10 @@ static int compare_call() {
         const int64_t number = pick(0, items - 1);
         compare(Item(p, general, rows, number), Item(p, dense, rows, number), p.split_size > DenseWork::MOST / 2);
     }
-    if (one_in(20))
+    if (one_in(20)) {
         compare_tiles(p, dense, rows, tiles);
+        compare_key_tiles(p);
+    }
     return count;
 }
 
