@@ -64,6 +64,7 @@ SHAPES = {
     "wide values": {"B": 1, "Sq": 70, "Sk": 150, "Hq": 2, "Hk": 2, "D": 40, "Dv": 200},
     "many heads": {"B": 1, "Sq": 65, "Sk": 65, "Hq": 32, "Hk": 1},
     "one row": {"Sq": 1, "Sk": 700, "Hq": 8, "Hk": 2, "D": 64},
+    "more heads than take turns": {"B": 3, "Sq": 300, "Sk": 300, "Hq": 6, "Hk": 6, "D": 64, "Dv": 64},
 }
 
 

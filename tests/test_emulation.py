@@ -96,9 +96,15 @@ TILE_MISTAKES = {
     "the last split not folded": (CONSUMER, "            fold_last(part);\n", "", "256"),
     "rows staged where values are overwritten": (
         CONSUMER,
-        "finish_products(values, !staged);",
-        "finish_products(values);",
+        "staged = !S::REST_IN_SHARED && !spills;",
+        "staged = false;",
         "256",
+    ),
+    "the next keys guarded instead of the last values": (
+        CONSUMER,
+        "S::OVERLAP && block < last ? S::PARTS",
+        "S::OVERLAP ? S::PARTS",
+        "64",
     ),
     "quotients always computed the near way": (OUTPUT, "    if (__all_sync(~0u, near))\n", "    if (true)\n", "128"),
     "maxima always compared as integers": (

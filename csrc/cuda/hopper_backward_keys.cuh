@@ -263,8 +263,8 @@ template <class S, KeyGradientPart PART> struct HopperKeyGradient {
     }
 };
 
-/* Starts the copies of the owner's keys by a consumer: rows lo .. hi - 1 of a tile, whose row 0 of kv head 0 is at k and v;
- * the others become zeros, and nothing is read there. */
+/* Starts the copies of the owner's keys by a consumer: rows lo .. hi - 1 of a tile, whose row 0 of kv head 0 begins with elements
+ * k and v; the others become zeros, and nothing is read there. */
 template <class S>
 static __device__ __forceinline__ void load_keys(const fad_attn_problem &p, HopperKeyGradientShared<S> &sm, int64_t k,
                                                  int64_t v, int64_t head_k, int lo, int hi) {
@@ -282,7 +282,8 @@ static __device__ __forceinline__ void load_keys(const fad_attn_problem &p, Hopp
         load(sm.v[owner], p.v, v, p.Dv);
     cp_async_commit();
 }
-/* Before the tile has been found, if all rows of the buffer are keys. */
+/* Before the tile has been found, if all rows of the buffer are keys. Sequence b is entry b: backward calls have no block table
+ * and no cache_batch_idx. */
 template <class S>
 static __device__ __forceinline__ void load_expected_keys(const fad_attn_problem &p, const KeyTiles &tiles,
                                                           HopperKeyGradientShared<S> &sm) {

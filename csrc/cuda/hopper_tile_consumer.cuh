@@ -102,7 +102,7 @@ template <class S> struct HopperConsumer {
         }
     }
 
-    /* Of scores and probabilities. */
+    /* What x holds is not needed any more, and need not stay in its registers. */
     template <class X, int N, int M> static __device__ __forceinline__ void forget(X (&x)[N][M]) {
 #pragma unroll
         for (int n = 0; n < N; n++)
@@ -155,7 +155,7 @@ template <class S> struct HopperConsumer {
         return references.advance(x_max, rule.c, alpha);
     }
 
-    /* N11: whether the values of the next block that not every row sees have Inf or NaN. */
+    /* N11: whether the values of the present block, which not every row sees, have Inf or NaN. Once for each such block. */
     __device__ __forceinline__ bool values_not_finite() {
         barrier_wait(sm.check_done[check.index], check.round);
         const bool *const of_warps = sm.not_finite[check.index];
@@ -316,7 +316,8 @@ template <class S> struct HopperConsumer {
      * have them. */
     enum Kind { PLAIN, SPLIT, ANY };
 
-    /* a holds the probabilities of the present block, rounded, and at the end those of the next. */
+    /* a holds the probabilities of the present block, rounded, and at the end those of the next, which must exist. If not every
+     * row sees the present block, its values have been guarded. */
     template <Kind KIND> __device__ __forceinline__ void step(ProbabilityFragments &a) {
         const bool split_ends = KIND == Kind::SPLIT || (KIND == Kind::ANY && --to_split_end == 0),
                    spills = KIND == Kind::ANY && work.partials.o;

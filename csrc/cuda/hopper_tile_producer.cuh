@@ -143,7 +143,7 @@ template <class S> struct KeyProducer {
             copy_item(*item, [&](auto copy_k, auto copy_v) {
                 const int blocks = item->range.blocks;
 #pragma unroll 1
-                for (int block = -1; block < blocks; block++) { /* as in the consumer's steps */
+                for (int block = -1; block < blocks; block++) { /* the order of HopperShared's ring */
                     const bool more = block + 1 < blocks;
                     if (S::OVERLAP && more)
                         next(copy_k, block + 1);

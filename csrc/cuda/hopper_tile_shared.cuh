@@ -44,7 +44,9 @@ constexpr int KEY_WARPS = 2; /* keep K and V coming */
 template <int N> using RestTile = float4[N][32];
 
 template <class S> struct HopperShared {
-    alignas(1024) char ring[S::SLOTS][S::SLOT]; /* parts of K and V, in the order in which they are used */
+    /* Parts of K and V, in the order in which the consumers' steps use them, of each item: K0 - K1 V0 K2 V1 .. with OVERLAP,
+     * else - K0 V0 K1 V1 ..; in the place of -, the values that the first step has not, is anything. */
+    alignas(1024) char ring[S::SLOTS][S::SLOT];
     char q[S::Q_BUFFERS][S::CONSUMERS][S::Q_TILE];
     RestTile<S::N> rest[S::REST_IN_SHARED ? S::CONSUMING_WARPS : 0]; /* each consuming warp's */
     HopperItem items[ITEMS];

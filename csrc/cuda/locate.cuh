@@ -68,9 +68,10 @@ struct Divisor {
  * Heads are the kv heads of a packed sequence, or of all sequences of a dense call. Where later rows see more keys, the first
  * tiles are the longest of all these heads, and the shortest come last, so that thread blocks that take one tile after the
  * other end together. All heads at once would do that as well, but drive each other's K and V out of the L2 cache. */
-constexpr int TILES_IN_TURN = 256; /* at least, if there are so many: about two for each multiprocessor */
+constexpr int TILES_IN_TURN = 256; /* before the next heads begin: about two for each multiprocessor */
+/* As many heads as that takes; 1, head by head, where one has so many tiles, or they are equally long. */
 FAD_FN int heads_in_turn(const fad_attn_problem &p, int64_t n_heads, int64_t tiles_of_head) {
-    const bool uneven = (p.causal || p.window_right >= 0) && p.window_left < 0;
+    const bool uneven = (p.causal || p.window_right >= 0) && p.window_left < 0; /* as rows see ever more keys */
     if (!uneven || tiles_of_head >= TILES_IN_TURN || tiles_of_head == 0)
         return 1;
     return (int)max(min(n_heads, (TILES_IN_TURN + tiles_of_head - 1) / tiles_of_head), (int64_t)1);
@@ -87,7 +88,7 @@ static __device__ HeadTile find_head_tile(const fad_attn_problem &p, int64_t n_h
                   nth = fad_quotient(in_turn, heads_here);
     return {first + in_turn - nth * heads_here, nth};
 }
-/* The same where 31 bits hold all numbers. */
+/* The same where 31 bits hold all numbers; of `most` heads in turn at most. */
 struct HeadTiles {
     int of_head, heads, whole_turns, last_heads; /* tiles of a head; heads of a turn, and of the last if it has fewer */
     Divisor turn, by_heads, by_last_heads;

@@ -24,8 +24,8 @@ struct DenseWork {
 
     __host__ DenseWork(const fad_attn_problem &p, int rows, int64_t n_items, int64_t tiles_, int64_t item_splits_,
                        int most_heads = INT32_MAX)
-        : n_tiles(bounded(tiles_)), head_tiles((int)(n_tiles / max(p.B * p.Hk, (int64_t)1))), n_heads(bounded(p.Hk)),
-          item_splits(bounded(item_splits_)), group_size(bounded(fad_group(&p))),
+        : n_tiles(bounded(tiles_)), head_tiles((int)(n_tiles / max(p.B * p.Hk, (int64_t)1))),
+          item_splits(bounded(item_splits_)), group_size(bounded(fad_group(&p))), n_heads(bounded(p.Hk)),
           order(p, bounded(p.B * p.Hk), head_tiles, most_heads), tiles(max(n_tiles, 1)), heads(max(n_heads, 1)),
           group(group_size), split(bounded(p.split_size)), left(bounded(p.window_left)),
           right(p.causal ? 0 : bounded(p.window_right)), split_keys(bounded(p.split_size)) {
@@ -165,7 +165,7 @@ static __device__ __forceinline__ fad_sequence dense_sequence(const fad_attn_pro
     return fad_get_sequence(&plain, b);
 }
 
-/* find_item() where DenseWork holds, in few instructions, by one thread: which rows a tile has; */
+/* find_item() where DenseWork holds, in few instructions: which rows a tile has, by any thread for itself; */
 static __device__ __forceinline__ void find_dense_rows(const fad_attn_problem &p, const DenseWork &dense, int rows,
                                                        const DenseItem &item, Tile &t) {
     const int i0 = dense.group.quotient(item.row0), group = dense.group_size;
@@ -175,7 +175,7 @@ static __device__ __forceinline__ void find_dense_rows(const fad_attn_problem &p
     t.group = group;
     t.n_rows = min(rows, (int)p.Sq * group - item.row0);
 }
-/* all of it; */
+/* all of it, by one thread; */
 static __device__ void find_dense_tile(const fad_attn_problem &p, const DenseWork &dense, int rows, unsigned number,
                                        Tile &t) {
     const DenseItem item(dense, rows, number);

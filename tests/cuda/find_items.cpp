@@ -99,7 +99,11 @@ static void compare(const Item &a, const Item &b, bool endless) {
 /* Every tile is found once, and later rows first, but where other heads take turns. */
 static void compare_tiles(const fad_attn_problem &p, const Work &work, int rows, int64_t tiles) {
     std::set<std::array<int64_t, 4>> found;
-    const int64_t n_heads = p.B * p.Hk, heads = heads_in_turn(p, n_heads, tiles / n_heads);
+    const int64_t n_heads = p.B * p.Hk, of_head = tiles / n_heads, heads = heads_in_turn(p, n_heads, of_head);
+    const bool enough = heads == n_heads || heads * of_head >= 256, more = heads > 1 && (heads - 1) * of_head >= 256;
+    const bool uneven = (p.causal || p.window_right >= 0) && p.window_left < 0;
+    if (uneven ? !enough || more : heads != 1)
+        differs("heads in turn", heads, of_head);
     int64_t turns = 0, last = INT64_MAX;
     for (int64_t number = 0; number < tiles; number++) {
         const Tile t = Item(p, work, rows, number).t;
