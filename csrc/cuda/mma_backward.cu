@@ -84,16 +84,8 @@ static int64_t key_tile_bound(const fad_attn_problem *p, int keys) {
 /* Tiles of query rows, each an item of the forward's kind with all of its splits. */
 static Work row_tiles_of(const fad_attn_problem *p, int rows) {
     const int64_t tiles = tile_bound(*p, rows), splits = fad_split_capacity(p) + 1;
-    return {tiles,
-            tiles,
-            splits,
-            0,
-            nullptr,
-            nullptr,
-            {},
-            false,
-            ScoreRule(*p),
-            DenseWork(*p, rows, tiles, tiles, splits, BACKWARD_HEADS_IN_TURN)};
+    const DenseWork dense(*p, rows, tiles, tiles, splits, BACKWARD_HEADS_IN_TURN);
+    return {tiles, tiles, splits, 0, nullptr, nullptr, {}, false, ScoreRule(*p), dense};
 }
 
 /* Whether the Hopper kernels serve this call, and how. */

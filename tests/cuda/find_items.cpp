@@ -62,6 +62,19 @@ static int64_t pick_window() {
     return windows[pick(0, 4)];
 }
 
+/* Exits if the order of tiles leads out of the call: the lengths of such a sequence lie behind the end of an array. */
+static void check_place(const fad_attn_problem &p, const Work &work, int rows, int64_t number) {
+    int64_t head;
+    if (work.dense.valid) {
+        const DenseItem item(work.dense, rows, (unsigned)number);
+        head = item.b * p.Hk + item.head;
+    } else {
+        head = find_head_tile(p, p.B * p.Hk, work.n_tiles / (p.B * p.Hk), number % work.n_tiles).head;
+    }
+    if (head < 0 || head >= p.B * p.Hk)
+        differs("head", head, p.B * p.Hk);
+}
+
 /* Fields that nothing has written hold the same in both. */
 struct Item {
     Tile t;
@@ -70,6 +83,7 @@ struct Item {
     Item(const fad_attn_problem &p, const Work &work, int rows, int64_t number) {
         memset((void *)&t, 0x55, sizeof t);
         memset((void *)&range, 0x55, sizeof range);
+        check_place(p, work, rows, number);
         exists = find_item(p, work, rows, number, t, range);
     }
 };
