@@ -35,8 +35,9 @@ fad_status fold_partials(const fad_attn_problem *p, const fad_partials &partials
     const bool many = rows * p->Dv > (int64_t)FULL * 32 * device.multiprocessors;
     const int values = many && p->Dv % 4 == 0 ? 4 : 1;
     const auto kernel = values == 4 ? fold_splits<4> : fold_splits<1>;
-    const int64_t warps = rows * ((p->Dv + 32 * values - 1) / (32 * values));
-    return launch(kernel, (warps + FOLD_WARPS - 1) / FOLD_WARPS, FOLD_WARPS * 32, 0, stream, {0, true}, *p, partials);
+    const FoldWork work(*p, (p->Dv + 32 * values - 1) / (32 * values));
+    return launch(kernel, (rows * work.parts + FOLD_WARPS - 1) / FOLD_WARPS, FOLD_WARPS * 32, 0, stream, {0, true}, *p,
+                  partials, work);
 }
 
 /* A thread block for each row, a thread for each of its values. */

@@ -4,6 +4,7 @@
 
 #include "output.cuh"
 #include "ptx.cuh"
+#include "work.cuh"
 
 /* A row's running state, and what the 32 splits after it do to it: lane i holds what split i does. Maxima are exact in any
  * order, so that all of them can be found at once. */
@@ -27,6 +28,72 @@ struct FoldFactors {
     }
 };
 
+/* What finds a warp's row, and the splits that it sees, in few instructions, if the call is dense and of ordinary size. A row
+ * is then the number of its state among those of a split. */
+struct FoldWork {
+    bool dense;
+    int64_t parts; /* warps of a row */
+    Divisor by_parts, by_rows, by_heads, by_split;
+
+    __host__ FoldWork(const fad_attn_problem &p, int64_t parts_)
+        : dense(is_dense(p) && tile_bound(p, 1) * parts_ < DenseWork::MOST && p.Sk < DenseWork::MOST), parts(parts_),
+          by_parts(parts), by_rows(dense ? max(p.Sq, (int64_t)1) : 1), by_heads(dense ? p.Hq : 1),
+          by_split(DenseWork::bounded(p.split_size)) {}
+};
+
+/* A row of out as a tile, and its splits from `begin` on, counted from the sequence's first. */
+struct FoldedRow {
+    Tile t;
+    int64_t begin;
+    int n, part;
+
+    /* By a warp; shared: its own. */
+    __device__ __forceinline__ FoldedRow(const fad_attn_problem &p, const FoldWork &work, int64_t number,
+                                         Tile &shared) {
+        if (work.dense)
+            find_dense(p, work, (unsigned)number);
+        else
+            find(p, work, number, shared);
+    }
+
+  private:
+    __device__ __forceinline__ fad_interval seen() const {
+        const fad_interval nothing = {0, 0};
+        return t.n_active ? fad_visible(&t.seq.span, row_of(t, 0).i) : nothing;
+    }
+    __device__ __forceinline__ void find_dense(const fad_attn_problem &p, const FoldWork &work, unsigned number) {
+        const unsigned row = work.by_parts.quotient(number), head = work.by_rows.quotient(row), /* of all sequences */
+            b = work.by_heads.quotient(head);
+        part = (int)(number - row * (unsigned)work.parts);
+        t.exists = b < p.B;
+        if (!t.exists)
+            return;
+        t.seq = dense_sequence(p, (int)b);
+        t.head_k = head - b * (unsigned)p.Hq; /* as if no heads were grouped */
+        t.group = 1;
+        t.g0 = 0;
+        t.i0 = row - head * (unsigned)p.Sq;
+        t.n_rows = 1;
+        t.n_active = t.i0 < t.seq.span.n_q;
+        const fad_interval keys = seen();
+        begin = work.by_split.quotient((unsigned)keys.lo);
+        n = keys.hi > keys.lo ? (int)(work.by_split.quotient((unsigned)keys.hi - 1) + 1 - begin) : 0;
+    }
+    __device__ void find(const fad_attn_problem &p, const FoldWork &work, int64_t number, Tile &shared) {
+        const int64_t row = fad_quotient(number, work.parts);
+        part = (int)(number - row * work.parts);
+        t.exists = locate_tile(p, 1, row, shared);
+        if (!t.exists)
+            return;
+        __syncwarp(); /* the tile may be read */
+        t = shared;
+        const fad_interval keys = seen();
+        const int64_t first = fad_partition_first(t.seq.span.k_pos, p.split_size);
+        begin = fad_partition_first(keys.lo, p.split_size) - first;
+        n = keys.hi > keys.lo ? (int)(fad_partition_end(keys.hi, p.split_size) - first - begin) : 0;
+    }
+};
+
 constexpr int FOLD_WARPS = 4; /* of a thread block */
 
 /* The fold of splits in ascending order, to out and lse, by a warp for 32 times VALUES dims of a row: 1, where there are so
@@ -35,25 +102,20 @@ constexpr int FOLD_WARPS = 4; /* of a thread block */
  * are there. */
 template <int VALUES>
 static __global__ void __launch_bounds__(FOLD_WARPS * 32, 4)
-    fold_splits(const __grid_constant__ fad_attn_problem p, const fad_partials partials) {
+    fold_splits(const __grid_constant__ fad_attn_problem p, const fad_partials partials,
+                const __grid_constant__ FoldWork work) {
     constexpr int DIMS = 32 * VALUES, TURN = 8, TURNS = VALUES == 1 ? 4 : 2; /* TURNS of TURN splits are on their way */
     __shared__ Tile tiles[FOLD_WARPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_dims = (int)p.Dv;
-    const int64_t parts = (n_dims + DIMS - 1) / DIMS, number = (int64_t)blockIdx.x * FOLD_WARPS + warp,
-                  row = fad_quotient(number, parts);
-    const int d = (int)(number - row * parts) * DIMS + lane * VALUES; /* the lane's first */
-    Tile &t = tiles[warp];
-    if (!locate_tile(p, 1, row, t))
+    const FoldedRow row(p, work, (int64_t)blockIdx.x * FOLD_WARPS + warp, tiles[warp]);
+    const Tile &t = row.t;
+    if (!t.exists)
         return;
-    __syncwarp();                                                  /* the tile may be read */
+    const int d = row.part * DIMS + lane * VALUES, n = row.n;      /* the lane's first dim; splits */
     const int64_t rows = (p.cu_seqlens_q ? 1 : p.B) * p.Hq * p.Sq; /* of a split */
-    const fad_interval seen = seen_positions(t);
-    const int64_t first_split = fad_partition_first(t.seq.span.k_pos, p.split_size),
-                  begin = fad_partition_first(seen.lo, p.split_size) - first_split;
-    const int n = seen.hi > seen.lo ? (int)(fad_partition_end(seen.hi, p.split_size) - first_split - begin) : 0;
-    const float *part_m = (const float *)partials.m + partial_row(p, t, 0, begin),
-                *part_l = (const float *)partials.l + partial_row(p, t, 0, begin),
-                *part_o = (const float *)partials.o + partial_values(p, t, 0, begin);
+    const float *part_m = (const float *)partials.m + partial_row(p, t, 0, row.begin),
+                *part_l = (const float *)partials.l + partial_row(p, t, 0, row.begin),
+                *part_o = (const float *)partials.o + partial_values(p, t, 0, row.begin);
     const OutRow out = out_row(p, t, 0);
     float m = FAD_F32_SENTINEL, l = 0, o[VALUES] = {};
     alignas(16) float values[TURNS][TURN][VALUES];

@@ -359,6 +359,8 @@ template <class S> struct ClusterThread {
         cluster_wait(); /* all thread blocks have begun, and may be written to */
         share_probabilities(second);
         const bool care = warp < S::VALUE_WARPS && need_care();
+        if constexpr (!S::FOLDS)
+            allow_next_kernel();             /* the fold of spilled splits, which is not in the way any more */
         barrier_wait_cluster(sm.p_there, 0); /* P may be read */
         float o[S::TILES][4] = {};
         if (warp < S::VALUE_WARPS) {
@@ -400,7 +402,6 @@ template <class S> struct ClusterThread {
 template <class S> static __device__ __forceinline__ void hopper_cluster(const fad_attn_problem &p, const Work &work) {
     extern __shared__ __align__(1024) char shared_memory[];
     ClusterShared<S> &sm = *(ClusterShared<S> *)shared_memory;
-    allow_next_kernel();
     if (threadIdx.x == 64) {
         barrier_init(sm.references_there, 1);
         barrier_init(sm.p_there, 1);

@@ -5,6 +5,7 @@
 #include "hopper_kernel.cuh"
 #include "hopper_ptx.cuh"
 #include "pages.cuh"
+#include "work.cuh"
 
 constexpr int FOUND_BOXES = 32; /* at a time, one by each lane */
 /* Where boxes lie, one of every FOUND_BOXES in each lane: those among which K is, those before, where V may be, a block
@@ -107,5 +108,30 @@ template <int ROWS, int PIECES, int PIECE_ROWS = ROWS> struct KeyCopier {
                      policy);
     }
 };
+
+/* The boxes of K and V that begin with a row, to the L2 cache. */
+template <int D>
+static __device__ __forceinline__ void prefetch_boxes(const CUtensorMap &k_map, const CUtensorMap &v_map, int row,
+                                                      int head, int entry) {
+    const uint64_t policy = read_once();
+#pragma unroll
+    for (int dim = 0; dim < D; dim += 64) {
+        prefetch_box(k_map, dim, row, head, entry, policy);
+        prefetch_box(v_map, dim, row, head, entry, policy);
+    }
+}
+
+/* While an item with tiles of ROWS rows is being found, by one thread: asks for its first block of K and V to come to the L2
+ * cache, if it is easy to tell where that will be, and not in pages. */
+template <int D, int ROWS, int BOX_KEYS>
+static __device__ __forceinline__ void prefetch_first_rows(const fad_attn_problem &p, const Work &work, unsigned number,
+                                                           const CUtensorMap &k_map, const CUtensorMap &v_map) {
+    const ExpectedKeys keys(p, work.dense, ROWS, number);
+    if (keys.row < 0 || keys.row >= keys.length(p))
+        return;
+#pragma unroll 1
+    for (int at = keys.row; at < keys.row + FAD_MMA_BLOCK_KV; at += BOX_KEYS)
+        prefetch_boxes<D>(k_map, v_map, at, keys.head, (int)fad_cache_entry(&p, keys.b));
+}
 
 #endif

@@ -17,8 +17,12 @@ __global__ void __launch_bounds__(S::THREADS, 1)
                        const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map) {
     extern __shared__ __align__(1024) char shared_memory[];
     HopperShared<S> &sm = *(HopperShared<S> *)shared_memory;
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) {
         init_barriers(sm);
+        prefetch_map(k_map), prefetch_map(v_map);
+    } else if (threadIdx.x == 32 && !p.block_table) {
+        prefetch_first_rows<S::D, S::ROWS, BLOCK_KEYS / KEY_WARPS>(p, work, blockIdx.x, k_map, v_map);
+    }
     __syncthreads(); /* barriers may be used */
     if (threadIdx.x < GROUP_THREADS) {
         give_registers<S::PRODUCER_REGISTERS>();

@@ -438,6 +438,8 @@ template <class S> struct HopperConsumer {
         RowPair part = end_references();
         finish_products(values, !staged);
         if (spills) {
+            if (!work.counter) /* no further item */
+                allow_next_kernel();
             spill(part);
         } else {
             fold_last(part);

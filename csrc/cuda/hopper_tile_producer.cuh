@@ -139,7 +139,6 @@ template <class S> struct KeyProducer {
         Ring slot;
         const HopperItem *item = next_item(slot);
         while (item) {
-            const Ring next_slot = slot.after(1, ITEMS);
             copy_item(*item, [&](auto copy_k, auto copy_v) {
                 const int blocks = item->range.blocks;
 #pragma unroll 1
@@ -160,7 +159,7 @@ template <class S> struct KeyProducer {
                 }
             });
             warp_arrive(sm.item_empty[slot.index]); /* all lanes have read the item */
-            slot = next_slot;
+            slot.advance(ITEMS);
             item = next_item(slot);
         }
     }

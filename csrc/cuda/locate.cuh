@@ -74,7 +74,8 @@ FAD_FN int heads_in_turn(const fad_attn_problem &p, int64_t n_heads, int64_t til
     const bool uneven = (p.causal || p.window_right >= 0) && p.window_left < 0; /* as rows see ever more keys */
     if (!uneven || tiles_of_head >= TILES_IN_TURN || tiles_of_head == 0)
         return 1;
-    return (int)max(min(n_heads, (TILES_IN_TURN + tiles_of_head - 1) / tiles_of_head), (int64_t)1);
+    const int tiles = (int)tiles_of_head; /* a division of 64 bits takes a while */
+    return (int)max(min(n_heads, (int64_t)((TILES_IN_TURN + tiles - 1) / tiles)), (int64_t)1);
 }
 struct HeadTile {
     int64_t head, nth; /* its nth tile in this order */

@@ -39,7 +39,6 @@ static __device__ __forceinline__ void mma_decode(const fad_attn_problem &p, con
                                                   const CUtensorMap *v_map) {
     extern __shared__ __align__(1024) char shared_memory[];
     MmaDecodeShared<S> &sm = *(MmaDecodeShared<S> *)shared_memory;
-    allow_next_kernel();
     if (threadIdx.x == DECODE_CONSUMERS) {
         init_barriers(sm);
         if constexpr (S::ENGINE)
@@ -48,7 +47,7 @@ static __device__ __forceinline__ void mma_decode(const fad_attn_problem &p, con
     const int warp = (int)(threadIdx.x - DECODE_CONSUMERS) / 32; /* a producing one's number */
     if constexpr (S::SOURCE == ROWS_BY_ENGINE)
         if (threadIdx.x == DECODE_CONSUMERS + 32)
-            prefetch_first_rows<S>(p, work, blockIdx.x, *k_map, *v_map);
+            prefetch_first_rows<S::D, DECODE_ROWS, S::BOX_KEYS>(p, work, blockIdx.x, *k_map, *v_map);
     BoxCache boxes;
     if constexpr (S::SOURCE == PAGES_BY_ENGINE)
         if (threadIdx.x >= DECODE_CONSUMERS)

@@ -6,32 +6,7 @@
 #include "hopper_copy.cuh"
 #include "mma_decode_shared.cuh"
 
-/* The boxes of K and V that begin with a row, to the L2 cache. */
-template <class S>
-static __device__ __forceinline__ void prefetch_boxes(const CUtensorMap &k_map, const CUtensorMap &v_map, int row,
-                                                      int head, int entry) {
-    const uint64_t policy = read_once();
-#pragma unroll
-    for (int dim = 0; dim < S::D; dim += 64) {
-        prefetch_box(k_map, dim, row, head, entry, policy);
-        prefetch_box(v_map, dim, row, head, entry, policy);
-    }
-}
-
-/* While the item is being found, by one thread: asks for its first block of K and V to come to the L2 cache, if it is easy to
- * tell where that will be. */
-template <class S>
-static __device__ __forceinline__ void prefetch_first_rows(const fad_attn_problem &p, const Work &work, unsigned number,
-                                                           const CUtensorMap &k_map, const CUtensorMap &v_map) {
-    const ExpectedKeys keys(p, work.dense, DECODE_ROWS, number);
-    if (keys.row < 0 || keys.row >= keys.length(p))
-        return;
-#pragma unroll 1
-    for (int at = keys.row; at < keys.row + BLOCK_KEYS; at += S::BOX_KEYS)
-        prefetch_boxes<S>(k_map, v_map, at, keys.head, (int)fad_cache_entry(&p, keys.b));
-}
-
-/* The same in pages, by the producing warps, of which this is number `warp`: each some of the boxes, because the lanes of one
+/* prefetch_first_rows() in pages, by the producing warps, of which this is number `warp`: each some of the boxes, because the lanes of one
  * ask for them one after the other. Returns where the boxes lie. */
 template <class S>
 static __device__ __forceinline__ BoxCache prefetch_first_pages(const fad_attn_problem &p, const Work &work, int warp,
@@ -49,7 +24,7 @@ static __device__ __forceinline__ BoxCache prefetch_first_pages(const fad_attn_p
     cache.after = keys.find(p, row + FOUND_BOXES * rows);
     const bool mine = lane % S::PRODUCERS == warp && lane * rows < BLOCK_KEYS;
     if (mine && row < keys.length(p)) /* both are asked for before they are looked at */
-        prefetch_boxes<S>(k_map, v_map, cache.here.row, keys.head, (int)clamp_page(cache.here.page, (unsigned)p.Bk));
+        prefetch_boxes<S::D>(k_map, v_map, cache.here.row, keys.head, (int)clamp_page(cache.here.page, (unsigned)p.Bk));
     return cache;
 }
 

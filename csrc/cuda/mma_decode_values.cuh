@@ -5,6 +5,10 @@
 
 #include "mma_decode_shared.cuh"
 
+/* The fold of spilled splits may start so many blocks before the last one ends: it finds its rows and its code meanwhile. Much
+ * earlier, its thread blocks are in the way. */
+constexpr int FOLD_LEAD = 2;
+
 template <class S> struct ValueWarp : DecodeWarp<S> {
     using Base = DecodeWarp<S>;
     using Base::p, Base::sm, Base::warp, Base::lane, Base::ring, Base::buffer, Base::m, Base::of_row;
@@ -140,6 +144,8 @@ template <class S> struct ValueWarp : DecodeWarp<S> {
         Base::exchange();
 #pragma unroll 1
         for (int block = 0; block < blocks; block++, buffer ^= 1) {
+            if (block == max(blocks - FOLD_LEAD, 0))
+                allow_next_kernel();
             const float before = Base::advance(starts_split);
             if (starts_split)
                 clear();
