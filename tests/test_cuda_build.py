@@ -423,7 +423,7 @@ def test_kernels_of_an_earlier_build_are_removed(tmp_path, pretender):
 
 
 def find_items(folder: Path, change: tuple[str, str, str] | None = None) -> subprocess.CompletedProcess:
-    """Compares the two ways to find an item, on this machine; change: a header, a text of it, another in its place."""
+    """Compares the two ways to find an item, or a row of the fold, on this machine; change: a header, a text of it, another in its place."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler (c++)")
@@ -453,8 +453,18 @@ def test_items_of_dense_calls_are_found_as_others_are(tmp_path):
         ("work.cuh", "last + dense.right + 1, n_k", "last + dense.right, n_k"),
         ("locate.cuh", "nth * (whole ? heads : last_heads)", "nth * heads"),
         ("locate.cuh", "min(heads, n_heads - first)", "heads"),
+        ("fold_row.cuh", "(unsigned)keys.hi - 1", "(unsigned)keys.hi"),
+        ("fold_row.cuh", "head - b * (unsigned)p.Hq", "head"),
     ],
-    ids=["blocks that all rows see", "rows", "keys", "heads of the last turn", "the same in general"],
+    ids=[
+        "blocks that all rows see",
+        "rows",
+        "keys",
+        "heads of the last turn",
+        "the same in general",
+        "splits of the fold",
+        "heads of the fold",
+    ],
 )
 def test_items_that_are_found_wrong_are_noticed(tmp_path, change):
     assert find_items(tmp_path, change).returncode == 1

@@ -1,6 +1,6 @@
-/* The two ways to find an item (csrc/cuda/work.cuh), on a CPU: DenseWork's must agree with the general one, of random dense
- * calls with every mask, length and split, and no tile may be found twice. A thread of a GPU is a call here: dense calls need
- * no other lane.
+/* The two ways to find an item (csrc/cuda/work.cuh) and a row of the fold (csrc/cuda/fold_row.cuh), on a CPU: those for dense
+ * calls must agree with the general ones, of random dense calls with every mask, length and split, and nothing may be found
+ * twice. A thread of a GPU is a call here: dense calls need no other lane.
  *
  * find_items [calls]: prints what it compared, or the first difference, and then exits with 1. */
 #include <array>
@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <random>
 #include <set>
 #include <type_traits>
@@ -25,11 +26,14 @@ template <class T> static T __shfl_up_sync(unsigned, T x, int) { return x; }
 static unsigned __ballot_sync(unsigned, bool x) { return x; }
 static int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 static void __syncthreads() {}
+static void __syncwarp() {}
 static unsigned long long atomicAdd(unsigned long long *to, unsigned long long x) { return (*to += x) - x; }
 template <class A, class B> static std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
 template <class A, class B> static std::common_type_t<A, B> max(A a, B b) { return b > a ? b : a; }
 
+#include "../../csrc/cuda/fold_row.cuh"
 #include "../../csrc/cuda/mma_backward_kernel.cuh"
+#include "../../csrc/cuda/output.cuh"
 
 static std::mt19937_64 generator(1);
 static int64_t pick(int64_t low, int64_t high) { return low + (int64_t)(generator() % (uint64_t)(high - low + 1)); }
@@ -147,6 +151,44 @@ static void compare_key_tiles(const fad_attn_problem &p) {
     same("tiles of keys", (int64_t)found.size(), n);
 }
 
+/* Every row of the fold is found once in either way, with the same splits. */
+static void compare_fold_rows(const fad_attn_problem &p) {
+    const int64_t rows = tile_bound(p, 1), parts = pick(1, 3);
+    const FoldWork dense(p, parts);
+    FoldWork general = dense;
+    general.dense = false;
+    same("valid", dense.dense, 1);
+    std::map<std::array<int64_t, 4>, FoldedRow> found;
+    Tile shared;
+    auto place = [](const FoldedRow &row) -> std::array<int64_t, 4> {
+        const Row at = row_of(row.t, 0);
+        return {row.t.seq.index, at.i, at.h, row.part};
+    };
+    for (int64_t number = 0; number < rows * parts; number++) {
+        const FoldedRow row(p, general, number, shared);
+        same("exists", row.t.exists, 1);
+        found.insert({place(row), row});
+    }
+    same("rows of the fold", (int64_t)found.size(), rows * parts);
+    for (int64_t number = 0; number < rows * parts; number++) {
+        const FoldedRow b(p, dense, number, shared);
+        same("exists", b.t.exists, 1);
+        const auto at = found.find(place(b));
+        if (at == found.end())
+            differs("row of the fold, found twice or nowhere", number, rows);
+        const FoldedRow &a = at->second;
+        SAME(n), SAME(t.n_active), SAME(t.seq.out), SAME(t.seq.lse), SAME(t.seq.span.n_q), SAME(t.seq.span.n_k);
+        if (a.n > 0) {
+            SAME(begin);
+            same("state", partial_row(p, a.t, 0, a.begin), partial_row(p, b.t, 0, b.begin));
+            same("values", partial_values(p, a.t, 0, a.begin), partial_values(p, b.t, 0, b.begin));
+        }
+        found.erase(at);
+    }
+    same("rows of the fold left", (int64_t)found.size(), 0);
+    same("row past the end", FoldedRow(p, dense, rows * parts, shared).t.exists, 0);
+}
+
 /* Some items of a random call. */
 static int compare_call() {
     fad_attn_problem p;
@@ -192,6 +234,7 @@ static int compare_call() {
     if (one_in(20)) {
         compare_tiles(p, dense, rows, tiles);
         compare_key_tiles(p);
+        compare_fold_rows(p);
     }
     return count;
 }
