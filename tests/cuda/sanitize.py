@@ -3,7 +3,7 @@
 compute-sanitizer --tool memcheck|initcheck|racecheck|synccheck python tests/cuda/sanitize.py KERNEL...
 
 KERNEL: generic, hopper, cluster (the forward's), generic-backward, hopper-backward or fma; none: all. What racecheck
-and synccheck report without a cause: docs/performance.md.
+and synccheck report without a cause: docs/performance-*.md.
 """
 
 import sys
