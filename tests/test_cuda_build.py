@@ -423,7 +423,10 @@ def test_kernels_of_an_earlier_build_are_removed(tmp_path, pretender):
 
 
 def find_items(folder: Path, change: tuple[str, str, str] | None = None) -> subprocess.CompletedProcess:
-    """Compares the two ways to find an item, or a row of the fold, on this machine; change: a header, a text of it, another in its place."""
+    """Compares the two ways to find an item, or a row of the fold, on this machine.
+
+    change: a header, a text of it, another in its place.
+    """
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler (c++)")

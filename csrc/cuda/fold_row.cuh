@@ -4,8 +4,8 @@
 
 #include "work.cuh"
 
-/* What finds a warp's row, and the splits that it sees, in few instructions, if the call is dense and of ordinary size. A row
- * is then the number of its state among those of a split. */
+/* What finds a warp's row, and the splits that it sees, in few instructions, if the call is dense and of ordinary size. Rows are
+ * then numbered as their m and l lie in a split: [B, Hq, Sq]. */
 struct FoldWork {
     bool dense;
     int64_t parts; /* warps of a row */
@@ -13,11 +13,12 @@ struct FoldWork {
 
     __host__ FoldWork(const fad_attn_problem &p, int64_t parts_)
         : dense(is_dense(p) && tile_bound(p, 1) * parts_ < DenseWork::MOST && p.Sk < DenseWork::MOST), parts(parts_),
-          by_parts(parts), by_rows(dense ? max(p.Sq, (int64_t)1) : 1), by_heads(dense ? p.Hq : 1),
-          by_split(DenseWork::bounded(p.split_size)) {}
+          by_parts(parts), by_rows(dense ? DenseWork::bounded(max(p.Sq, (int64_t)1)) : 1),
+          by_heads(dense ? DenseWork::bounded(p.Hq) : 1), by_split(DenseWork::bounded(p.split_size)) {}
 };
 
-/* A row of out as a tile, and its splits from `begin` on, counted from the sequence's first. */
+/* A row of out as a tile, not for its keys: head_k may be the query head, as if none were grouped. And its splits, n from
+ * `begin` on, counted from the sequence's first. */
 struct FoldedRow {
     Tile t;
     int64_t begin;
@@ -45,7 +46,7 @@ struct FoldedRow {
         if (!t.exists)
             return;
         t.seq = dense_sequence(p, (int)b);
-        t.head_k = head - b * (unsigned)p.Hq; /* as if no heads were grouped */
+        t.head_k = head - b * (unsigned)p.Hq;
         t.group = 1;
         t.g0 = 0;
         t.i0 = row - head * (unsigned)p.Sq;

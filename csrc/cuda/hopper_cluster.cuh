@@ -360,7 +360,7 @@ template <class S> struct ClusterThread {
         share_probabilities(second);
         const bool care = warp < S::VALUE_WARPS && need_care();
         if constexpr (!S::FOLDS)
-            allow_next_kernel();             /* the fold of spilled splits, which is not in the way any more */
+            allow_next_kernel(); /* the fold of spilled splits: K and V are here or asked for, P has been sent */
         barrier_wait_cluster(sm.p_there, 0); /* P may be read */
         float o[S::TILES][4] = {};
         if (warp < S::VALUE_WARPS) {

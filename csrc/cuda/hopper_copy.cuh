@@ -122,7 +122,7 @@ static __device__ __forceinline__ void prefetch_boxes(const CUtensorMap &k_map, 
 }
 
 /* While an item with tiles of ROWS rows is being found, by one thread: asks for its first block of K and V to come to the L2
- * cache, if it is easy to tell where that will be, and not in pages. */
+ * cache, if it is easy to tell where that will be. Not for calls in pages. */
 template <int D, int ROWS, int BOX_KEYS>
 static __device__ __forceinline__ void prefetch_first_rows(const fad_attn_problem &p, const Work &work, unsigned number,
                                                            const CUtensorMap &k_map, const CUtensorMap &v_map) {

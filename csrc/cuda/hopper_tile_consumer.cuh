@@ -438,7 +438,7 @@ template <class S> struct HopperConsumer {
         RowPair part = end_references();
         finish_products(values, !staged);
         if (spills) {
-            if (!work.counter) /* no further item */
+            if (!work.counter) /* else further items follow, and the fold would be in their way */
                 allow_next_kernel();
             spill(part);
         } else {

@@ -6,8 +6,8 @@
 #include "hopper_copy.cuh"
 #include "mma_decode_shared.cuh"
 
-/* prefetch_first_rows() in pages, by the producing warps, of which this is number `warp`: each some of the boxes, because the lanes of one
- * ask for them one after the other. Returns where the boxes lie. */
+/* prefetch_first_rows() in pages, by the producing warps, of which this is number `warp`: each some of the boxes, because the
+ * lanes of one ask for them one after the other. Returns where the boxes lie. */
 template <class S>
 static __device__ __forceinline__ BoxCache prefetch_first_pages(const fad_attn_problem &p, const Work &work, int warp,
                                                                 unsigned number, const CUtensorMap &k_map,

@@ -5,8 +5,8 @@
 
 #include "mma_decode_shared.cuh"
 
-/* The fold of spilled splits may start so many blocks before the last one ends: it finds its rows and its code meanwhile. Much
- * earlier, its thread blocks are in the way. */
+/* Thread blocks allow the fold of spilled splits to start so many blocks of keys before their range ends: it finds its rows and
+ * its code meanwhile. Much earlier it would be in their way. */
 constexpr int FOLD_LEAD = 2;
 
 template <class S> struct ValueWarp : DecodeWarp<S> {

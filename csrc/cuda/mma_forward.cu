@@ -129,6 +129,7 @@ static fad_status make_plan(const fad_attn_problem *p, bool states, Plan *plan) 
     plan->n_splits = most_splits(p);
     plan->states = states;
     plan->hopper = nullptr;
+    plan->k_map = plan->v_map = {}; /* kernels that do not need them get them all the same */
     plan->keys_by_warp = false;
     TRY(choose_cluster(p, plan));
     if (!plan->kernel) {

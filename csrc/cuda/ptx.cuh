@@ -109,8 +109,9 @@ static __device__ __forceinline__ void named_barrier_arrive(int id, int threads)
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-/* From here on the next kernel in the stream may start, if it waits for this one where it must: both do nothing where they
- * have been compiled for less than compute capability 9.0, and nothing unless it has been launched that way. */
+/* The next kernel in the stream may start once every thread block has come here or ended, if it waits for this one where it
+ * must: both do nothing where they have been compiled for less than compute capability 9.0, and nothing unless it has been
+ * launched that way. */
 static __device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

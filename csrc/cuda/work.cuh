@@ -117,7 +117,7 @@ static __device__ void set_key_range(const fad_attn_problem &p, const Tile &t, i
     range.split_blocks = (int)min(split_blocks, (int64_t)INT32_MAX);
     const int64_t split = fad_partition_first(seen.lo, p.split_size);
     range.split = split - first_split;
-    range.to_split_end = /* who walks the blocks may count one more */
+    range.to_split_end = /* HopperConsumer::begin_item adds 1 */
         (int)min((split + 1) * split_blocks - range.first / FAD_MMA_BLOCK_KV, (int64_t)INT32_MAX - 1);
 }
 

@@ -153,7 +153,7 @@ static void compare_key_tiles(const fad_attn_problem &p) {
 
 /* Every row of the fold is found once in either way, with the same splits. */
 static void compare_fold_rows(const fad_attn_problem &p) {
-    const int64_t rows = tile_bound(p, 1), parts = pick(1, 3);
+    const int64_t rows = tile_bound(p, 1), parts = pick(1, 8);
     const FoldWork dense(p, parts);
     FoldWork general = dense;
     general.dense = false;
