@@ -22,7 +22,7 @@ struct FoldWork {
 struct FoldedRow {
     Tile t;
     int64_t begin;
-    int n, part;
+    int n, part; /* part: which of the row's warps this is, in the order of dims */
 
     /* By a warp; shared: its own. */
     __device__ __forceinline__ FoldedRow(const fad_attn_problem &p, const FoldWork &work, int64_t number,
